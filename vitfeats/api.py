@@ -1,0 +1,237 @@
+"""The front door: names to extractors, and ``extract`` for those who want features in one line."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitfeats.card import ModelCard
+from vitfeats.descriptor import Descriptor, Descriptors
+from vitfeats.errors import ConfigError, UnknownModelError, nearest_names
+from vitfeats.extractors.base import Extractor
+from vitfeats.extractors.vit import Anatomy, Rope, ViTExtractor
+from vitfeats.grid import Size
+from vitfeats.models import bundled, vit
+from vitfeats.preprocess import Images, Preprocess
+from vitfeats.taps import Tap
+
+Loader = Callable[[ModelCard, str | None], nn.Module]
+"""``loader(card, checkpoint)`` builds a network; ``checkpoint`` is a weight file or None."""
+
+_rows: dict[str, tuple[ModelCard, Loader]] = {
+    **{card.name: (card, bundled.load) for card in bundled.CARDS},
+    **{card.name: (card, vit.load) for card in vit.CARDS},
+}
+_default: list[str] = []
+_cache: "OrderedDict[tuple[Any, ...], Extractor]" = OrderedDict()
+_cache_lock = threading.Lock()
+_CACHED = 4  # extractors that `extract` keeps: enough for a comparison, little enough for a laptop
+
+
+def load_extractor(
+    model: str | nn.Module | None = None,
+    *,
+    size: int | Size | None = None,
+    stride: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    norm: bool = False,
+    norm_qk: bool = False,
+    rope: Rope = "pre",
+    checkpoint: str | os.PathLike[str] | None = None,
+    card: ModelCard | None = None,
+    anatomy: Anatomy | None = None,
+) -> Extractor:
+    """Load a model and return the extractor that reads it.
+
+    Args:
+        model: A name of :func:`list_models`; ``timm:NAME``; ``hf:ORG/NAME``; a local folder; or your own module, which
+            is used as it is, where it is. None is the default model: ``mini``, unless :func:`set_default_model` or the
+            environment variable ``VITFEATS_MODEL`` says otherwise.
+        size: Shorter side of the network's input in pixels (the aspect is kept), or (height, width); each side is
+            snapped to the nearest patch multiple. None is the card's default.
+        stride: Step between tokens in pixels; must divide the patch. None is the patch: no overlap.
+        device: "auto" is a GPU if there is one; a module stays where it is.
+        dtype: "auto" (float32 on a CPU, bfloat16 autocast on a GPU), "float32", "bfloat16", "float16".
+        norm: Apply the model's final norm to ``token`` and ``cls``.
+        norm_qk: Read queries and keys after the model's q/k norm.
+        rope: "pre" or "post": read queries and keys before or after the rotary embedding.
+        checkpoint: A weight file to load instead of the published weights: safetensors, or a torch file, which is
+            read without running code.
+        card: What is known of your own module; needed where it is not built by timm or transformers.
+        anatomy: Where its parts are; needed where they have other names.
+
+    Raises:
+        UnknownModelError: If there is no model of that name; the message has the nearest names.
+        WeightsUnavailableError: If its weights are neither cached nor reachable, or a file is not safe to read.
+        ConfigError: If settings contradict the model, or a checkpoint does not fit it.
+        ShapeError: If the stride does not divide the patch, or the size is smaller than one patch.
+
+    Example:
+        >>> import vitfeats as vf
+        >>> vf.load_extractor("mini", size=112, device="cpu")
+        ViTExtractor(mini: size 112, stride 16, float32 on cpu)
+    """
+    network, found = _network(default_model() if model is None else model, checkpoint, card, anatomy)
+    if not isinstance(model, nn.Module):
+        network = network.to(_device(device)).eval().requires_grad_(False)
+    elif device != "auto":
+        raise ConfigError(f"expected a module that is on its device already, got device={device!r}; call module.to first")
+    wanted = found.default_size if size is None else size
+    preprocess = Preprocess(
+        wanted, found.patch, found.patch if stride is None else stride, found.mean, found.std, found.interpolation
+    )
+    return ViTExtractor(
+        network, found, preprocess, anatomy=anatomy, dtype=dtype, norm=norm, norm_qk=norm_qk, rope=rope
+    )
+
+
+def extract(
+    images: Images,
+    *,
+    layer: int | str | None = None,
+    facet: str | None = None,
+    model: str | None = None,
+    size: int | Size | None = None,
+    stride: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    norm: bool = False,
+    norm_qk: bool = False,
+    rope: Rope = "pre",
+) -> Descriptor:
+    """Extract one facet of one layer in one line. The last few extractors are kept, so a loop does not reload.
+
+    Args:
+        images: One image, or a list of images that share one network size.
+        layer: 0-based block index, negative from the end. None is the layer of the card's default tap.
+        facet: "key", "query", "value", "token", "cls", "attention" or "out". None is the card's default.
+        model: As for :func:`load_extractor`, names only; so are the other settings.
+        size: As for :func:`load_extractor`.
+        stride: As for :func:`load_extractor`.
+        device: As for :func:`load_extractor`.
+        dtype: As for :func:`load_extractor`.
+        norm: As for :func:`load_extractor`.
+        norm_qk: As for :func:`load_extractor`.
+        rope: As for :func:`load_extractor`.
+
+    Raises:
+        ImageError, ShapeError, TapError, UnknownFacetError: As for calling an extractor.
+        UnknownModelError, WeightsUnavailableError, ConfigError: As for :func:`load_extractor`.
+
+    Example:
+        >>> import vitfeats as vf
+        >>> vf.extract(vf.samples.cat(), layer=11, facet="key", device="cpu")
+        Descriptor(key@11 of mini: batch 1, 14×21 tokens of 192, cls, float32 on cpu)
+    """
+    settings: dict[str, Any] = {
+        "model": default_model() if model is None else model,
+        "size": size,
+        "stride": stride,
+        "device": device,
+        "dtype": dtype,
+        "norm": norm,
+        "norm_qk": norm_qk,
+        "rope": rope,
+    }
+    extractor = _cached(settings)
+    usual = Tap.parse(extractor.card.default_tap)
+    found = extractor(images, Tap(facet or usual.facet, usual.layer if layer is None else layer))
+    assert not isinstance(found, Descriptors)
+    return found
+
+
+def list_models(pattern: str = "*") -> list[ModelCard]:
+    """Return the cards whose name fits a shell pattern, for example ``"dino*"``, in the order of the catalogue."""
+    return [card for name, (card, _) in _rows.items() if fnmatch(name, pattern)]
+
+
+def register_model(card: ModelCard, loader: Loader) -> None:
+    """Add a model to the catalogue, for this process.
+
+    Args:
+        card: Its row; its name must be free.
+        loader: Builds the network: ``loader(card, checkpoint)``.
+
+    Raises:
+        ConfigError: If the name is taken.
+    """
+    if card.name in _rows:
+        raise ConfigError(f"expected a free name, but a model {card.name!r} is registered already; choose another name")
+    _rows[card.name] = (card, loader)
+
+
+def set_default_model(name: str | None) -> None:
+    """Choose the model used when none is named; None goes back to ``VITFEATS_MODEL``, or ``mini``.
+
+    Raises:
+        UnknownModelError: If there is no model of that name.
+    """
+    if name is not None and not _has_prefix(name):
+        _row(name)
+    _default[:] = [] if name is None else [name]
+
+
+def default_model() -> str:
+    """Return the name of the model used when none is named."""
+    return _default[0] if _default else os.environ.get("VITFEATS_MODEL") or "mini"
+
+
+def _network(
+    model: str | nn.Module, checkpoint: str | os.PathLike[str] | None, card: ModelCard | None, anatomy: Anatomy | None
+) -> tuple[nn.Module, ModelCard]:
+    file = None if checkpoint is None else os.fspath(checkpoint)
+    if isinstance(model, nn.Module):
+        if file is not None:
+            raise ConfigError("expected checkpoint= with a model's name, got it with a module; load it into the module")
+        return model, vit.card_of(model, type(model).__name__) if card is None else card
+    if card is not None or anatomy is not None:
+        raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
+    if os.path.isdir(model):
+        return vit.load_folder(model, file)
+    prefix, _, rest = model.partition(":")
+    if prefix == "timm" and rest:
+        return vit.load_timm(rest, file)
+    if prefix == "hf" and rest:
+        return vit.load_transformers(rest, file)
+    found, loader = _row(model)
+    return loader(found, file), found
+
+
+def _row(name: str) -> tuple[ModelCard, Loader]:
+    if name not in _rows:
+        raise UnknownModelError(
+            f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. {nearest_names(name, _rows)}"
+        )
+    return _rows[name]
+
+
+def _has_prefix(name: str) -> bool:
+    return name.startswith(("timm:", "hf:")) or os.path.isdir(name)
+
+
+def _cached(settings: dict[str, Any]) -> Extractor:
+    key = tuple(settings.values())
+    with _cache_lock:  # held while loading, so that two threads do not load one model twice
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+        extractor = load_extractor(**settings)
+        _cache[key] = extractor
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+        return extractor
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+

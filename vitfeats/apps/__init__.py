@@ -1,0 +1,1 @@
+"""Applications: where extractors and helpers meet."""

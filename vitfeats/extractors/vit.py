@@ -1,0 +1,370 @@
+"""The extractor for vision transformers of timm, transformers, and modules of the same build."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitfeats.card import ModelCard
+from vitfeats.errors import ConfigError, ShapeError, TapError, UnknownFacetError
+from vitfeats.extractors.base import Extractor
+from vitfeats.grid import PatchGrid, as_pair
+from vitfeats.hooks import Handler, Probe, Substitute, capture, find_module, unwrapped
+from vitfeats.preprocess import Images, Prepared, Preprocess
+from vitfeats.resize import resize_positions
+from vitfeats.taps import FACETS, QueryKey, Reading, Site, Tap
+
+Rope = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a vision transformer are, as module paths; ``{}`` stands for the block's number.
+
+    Attributes:
+        block: A transformer block; its output is the facet ``token``.
+        attention: Its attention module; its output, before the residual add, is the facet ``out``.
+        qkv: One fused projection whose output is (batch, n, 3·dim): queries, keys, values; or None.
+        query, key, value: Three projections with outputs (batch, n, dim), where there is no fused one.
+        query_norm, key_norm: Modules that normalise queries and keys, (batch, heads, n, d) out; or None.
+        final_norm: The norm after the last block, or None.
+        patch_projection: The strided convolution that makes the patch tokens.
+        patch_input_positions: A module that derives rotary positions from the *image's* size, or None.
+        rotary: Whether queries and keys are rotated after the projection.
+        entry: The method that runs all blocks: ``forward`` or ``forward_features``.
+        arguments: Keyword arguments that the entry needs.
+    """
+
+    block: str
+    attention: str
+    qkv: str | None = None
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    final_norm: str | None = None
+    patch_projection: str = "patch_embed.proj"
+    patch_input_positions: str | None = None
+    rotary: bool = False
+    entry: str = "forward"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ViTExtractor(Extractor):
+    """Reads keys, queries, values, tokens, CLS and attention of a vision transformer, by hooks alone.
+
+    Nothing of the model is changed. An overlapping stride, another position rule, and keys after the rotation are had
+    by standing in for single torch functions during the pass, in the calling thread only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        preprocess: Preprocess,
+        *,
+        anatomy: Anatomy | None = None,
+        dtype: str | torch.dtype = "auto",
+        norm: bool = False,
+        norm_qk: bool = False,
+        rope: Rope = "pre",
+    ) -> None:
+        """Prepare to read a model.
+
+        Args:
+            model: A timm or transformers vision transformer, or a module that ``anatomy`` describes.
+            card: What is known about it.
+            preprocess: Size, stride and normalisation of its images.
+            anatomy: Where its parts are; found by itself for timm and transformers models.
+            dtype: See :func:`~vitfeats.extractors.base.autocast_type`.
+            norm: Apply the final norm to ``token`` and ``cls`` (as DINOv2's ``get_intermediate_layers`` does).
+            norm_qk: Read queries and keys after the model's q/k norm (models without one: the same).
+            rope: "pre" reads queries and keys as projected, "post" after the rotation (models without: the same).
+
+        Raises:
+            ConfigError: If the settings contradict the model, or its build is not known.
+        """
+        super().__init__(model, card, preprocess, dtype)
+        self.anatomy = find_anatomy(unwrapped(model)) if anatomy is None else anatomy
+        self.norm, self.norm_qk, self.rope = norm, norm_qk, rope
+        root = unwrapped(model)
+        has_norm_qk = self.anatomy.key_norm is not None
+        if rope not in ("pre", "post"):
+            raise ConfigError(f"expected rope 'pre' or 'post', got {rope!r}")
+        if rope == "post" and self.anatomy.rotary and has_norm_qk and not norm_qk:
+            raise ConfigError("expected norm_qk=True with rope='post': this model rotates keys after it has normed them")
+        if norm and isinstance(self._final_norm(root), nn.Identity | None):
+            raise ConfigError(
+                f"expected a model with a final norm over its tokens for norm=True, but {card.name} has none; "
+                "leave norm=False"
+            )
+        self._projection = find_module(root, self.anatomy.patch_projection)
+
+    def resolve(self, tap: Tap) -> Tap:
+        """Return the tap with its block counted from the start."""
+        facet = FACETS[tap.facet]
+        if facet.needs_cls and not self.card.has_cls:
+            having = ", ".join(name for name, facet in FACETS.items() if not facet.needs_cls)
+            raise UnknownFacetError(
+                f"expected a facet that {self.card.name} has, got {tap.facet!r}: it has no CLS token; try {having}"
+            )
+        if tap.step is not None:
+            raise TapError(f"expected a tap without a step, got '{tap}': only diffusion models have steps")
+        return tap.resolved(self.card.depth)
+
+    def read(self, batch: Prepared, taps: Sequence[Tap]) -> dict[Tap, Reading]:
+        """Read the taps in one forward pass that ends at the deepest of them."""
+        root = unwrapped(self.model)
+        by_place: dict[tuple[str, str], list[tuple[Tap, Callable[[Any], Any]]]] = {}
+        for tap in taps:
+            place, select = self._place(tap)
+            by_place.setdefault(place, []).append((tap, select))
+
+        def reader(members: list[tuple[Tap, Callable[[Any], Any]]]) -> Callable[[Any], dict[Tap, Reading]]:
+            def read(seen: Any) -> dict[Tap, Reading]:
+                return {tap: FACETS[tap.facet].read(select(seen), self.card.layout) for tap, select in members}
+
+            return read
+
+        probes = {
+            place: Probe(place[0], reader(members), place[1])  # type: ignore[arg-type] - `where` is one of its literals
+            for place, members in by_place.items()
+        }
+        values = self._capture(root, batch, probes)
+        return {tap: reading for found in values.values() for tap, reading in found.items()}
+
+    def attention(self, images: Images, layer: int) -> Float[Tensor, "batch heads n n"]:
+        """Return softmax(q·kᵀ/√d) of a block, whole: (batch, heads, n, n), prefix tokens first."""
+        index = Tap("key", layer).resolved(self.card.depth).layer
+        path, select = self._query_key_place(index)
+        probe = Probe(path[0], lambda seen: select(seen).attention(), path[1])  # type: ignore[arg-type]
+
+        def work(batch: Prepared) -> Tensor:
+            return self._capture(unwrapped(self.model), batch, {"attention": probe})["attention"]
+
+        matrix, _ = self.run(images, work)
+        return matrix
+
+    def _capture(self, root: nn.Module, batch: Prepared, probes: Mapping[Any, Probe]) -> dict[Any, Any]:
+        self._check_size(root, batch)
+        entry, arguments = self.anatomy.entry, dict(self.anatomy.arguments)
+        return capture(
+            self.model,
+            probes,
+            lambda model: getattr(model, entry)(batch.pixels, **arguments),
+            handlers=self._handlers(batch.grid),
+            substitutes=self._substitutes(batch.grid),
+        )
+
+    # Where a facet is read --------------------------------------------------------------------------------------
+
+    def _place(self, tap: Tap) -> tuple[tuple[str, str], Callable[[Any], Any]]:
+        """Return ((module path, where), function from what the hook sees to what the facet reads)."""
+        anatomy, layer = self.anatomy, tap.layer
+        site: Site = FACETS[tap.facet].site
+        if site == "block":
+            return (anatomy.block.format(layer), "output"), self._normed if self.norm else _same
+        if site == "attention_output":
+            return (anatomy.attention.format(layer), "output"), _same
+        if site == "query_key":
+            return self._query_key_place(layer)
+        if site != "value":
+            if self.rope == "post" and anatomy.rotary:
+                position = 0 if site == "query" else 1
+                return (anatomy.attention.format(layer), "attention"), lambda seen: _joined(_argument(seen, position))
+            normed = anatomy.query_norm if site == "query" else anatomy.key_norm
+            if self.norm_qk and normed is not None:
+                return (normed.format(layer), "output"), _joined
+        return self._projection_place(site, layer)
+
+    def _projection_place(self, site: Site, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], Any]]:
+        if self.anatomy.qkv is not None:
+            third = ("query", "key", "value").index(site)
+            return (self.anatomy.qkv.format(layer), "output"), lambda seen: _fused(seen).select(2, third)
+        path = getattr(self.anatomy, site)
+        return (path.format(layer), "output"), _same
+
+    def _query_key_place(self, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], QueryKey]]:
+        anatomy, heads = self.anatomy, self.card.heads
+        if anatomy.qkv is not None and not anatomy.rotary and anatomy.key_norm is None:
+            attention = find_module(unwrapped(self.model), anatomy.attention.format(layer))
+            scale = float(getattr(attention, "scale", (self.card.dim // heads) ** -0.5))
+
+            def select(seen: Tensor) -> QueryKey:
+                query, key, _ = _fused(seen).unflatten(-1, (heads, -1)).permute(2, 0, 3, 1, 4)
+                return QueryKey(query, key, scale)
+
+            return (anatomy.qkv.format(layer), "output"), select
+        return (anatomy.attention.format(layer), "attention"), _query_key
+
+    def _normed(self, seen: Tensor) -> Tensor:
+        norm = self._final_norm(unwrapped(self.model))
+        assert norm is not None
+        return norm(seen)
+
+    def _final_norm(self, root: nn.Module) -> nn.Module | None:
+        return None if self.anatomy.final_norm is None else find_module(root, self.anatomy.final_norm)
+
+    # What is done differently from the model's own pass ----------------------------------------------------------
+
+    def _check_size(self, root: nn.Module, batch: Prepared) -> None:
+        # timm builds models for one size unless told otherwise, and then fails by an assertion deep inside.
+        embed = getattr(root, "patch_embed", None)
+        fixed = getattr(embed, "img_size", None)
+        if fixed is None or getattr(root, "dynamic_img_size", True):
+            return
+        size = batch.grid.network_size
+        if tuple(fixed) != size or self.preprocess.stride != self.card.patch:
+            raise ShapeError(
+                f"expected images of {tuple(fixed)} (height, width) without overlap for this module, got {size} at "
+                f"stride {self.preprocess.stride}; create it with dynamic_img_size=True to use other sizes"
+            )
+
+    def _handlers(self, grid: PatchGrid) -> dict[Callable[..., Any], Handler]:
+        handlers: dict[Callable[..., Any], Handler] = {}
+        overlapping = self.preprocess.stride != self.card.patch
+        if overlapping:
+            handlers[F.conv2d] = self._strided
+        if self.card.position_rule is not None or overlapping:
+            handlers[F.interpolate] = self._positions(grid)
+        return handlers
+
+    def _strided(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the patch projection with our stride, any other convolution as it is."""
+        if args[1] is not getattr(self._projection, "weight", None):
+            return func(*args, **kwargs)
+        image, weight, bias, _, *rest = args
+        return func(image, weight, bias, as_pair(self.preprocess.stride), *rest, **kwargs)
+
+    def _positions(self, grid: PatchGrid) -> Handler:
+        """Return a stand-in for ``F.interpolate`` that resamples position embeddings by the card's rule."""
+        rule, dim = self.card.position_rule or "transformers", self.card.dim
+
+        def handler(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            stored = args[0]
+            if stored.ndim != 4 or tuple(stored.shape[:2]) != (1, dim) or kwargs.get("mode") != "bicubic":
+                return func(*args, **kwargs)
+            return resize_positions(stored, grid.rows, grid.cols, rule)
+
+        return handler
+
+    def _substitutes(self, grid: PatchGrid) -> list[Substitute]:
+        """Tell rotary positions that are derived from the image how large a grid without overlap would be."""
+        path, patch = self.anatomy.patch_input_positions, self.card.patch
+        if path is None or self.preprocess.stride == patch:
+            return []
+
+        def stand_in(pixels: Tensor) -> tuple[Tensor]:
+            return (pixels.new_empty(1).expand(1, 3, grid.rows * patch, grid.cols * patch),)
+
+        return [Substitute(path, stand_in)]
+
+
+# Finding the parts of a model ---------------------------------------------------------------------------------------
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Find the parts of a timm or transformers vision transformer by its structure.
+
+    Raises:
+        ConfigError: If its build is not known; the message says how to describe it.
+    """
+    if isinstance(getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "patch_embed"):
+        return _timm_anatomy(model)
+    if hasattr(model, "config"):
+        return _transformers_anatomy(model)
+    raise _unknown_build(model, "it has neither `blocks` and `patch_embed` (timm) nor a `config` (transformers)")
+
+
+def _timm_anatomy(model: nn.Module) -> Anatomy:
+    blocks: Any = model.blocks
+    attention = getattr(blocks[0], "attn", None)
+    if attention is None or not isinstance(getattr(attention, "qkv", None), nn.Module):
+        raise _unknown_build(model, "its blocks have no `attn.qkv`")
+    normed = not isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
+    return Anatomy(
+        block="blocks.{}",
+        attention="blocks.{}.attn",
+        qkv="blocks.{}.attn.qkv",
+        query_norm="blocks.{}.attn.q_norm" if normed else None,
+        key_norm="blocks.{}.attn.k_norm" if normed else None,
+        final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
+        rotary=getattr(model, "rope", None) is not None,
+        entry="forward_features" if hasattr(model, "forward_features") else "forward",
+    )
+
+
+def _transformers_anatomy(model: nn.Module) -> Anatomy:
+    config: Any = model.config
+    depth = getattr(config, "num_hidden_layers", None)
+    # Module paths moved three times in one year of transformers, so the blocks are found by their number.
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    if not lists:
+        raise _unknown_build(model, f"no list of {depth} blocks was found")
+    path, blocks = next(iter(lists.items()))
+    inner = next((name for name, module in blocks[0].named_modules() if hasattr(module, "k_proj")), None)
+    if inner is None:
+        raise _unknown_build(model, "its blocks have no `k_proj`")
+    names = dict(model.named_modules())
+    projection = next((name for name, module in names.items() if isinstance(module, nn.Conv2d)), None)
+    if projection is None:
+        raise _unknown_build(model, "it has no patch projection")
+    attention = f"{path}.{{}}.{inner}"
+    takes_flag = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
+    rotary = next((name for name in names if name.rpartition(".")[2] == "rope_embeddings"), None)
+    return Anatomy(
+        block=f"{path}.{{}}",
+        attention=attention,
+        query=f"{attention}.q_proj",
+        key=f"{attention}.k_proj",
+        value=f"{attention}.v_proj",
+        final_norm=next((name for name in ("layernorm", "post_layernorm", "norm") if name in names), None),
+        patch_projection=projection,
+        patch_input_positions=rotary,
+        rotary=rotary is not None,
+        arguments={"interpolate_pos_encoding": True} if takes_flag else {},
+    )
+
+
+def _unknown_build(model: nn.Module, why: str) -> ConfigError:
+    return ConfigError(
+        f"expected a vision transformer built as in timm or transformers, got {type(model).__name__}: {why}; "
+        "describe it with anatomy=Anatomy(block='…{}', attention='…', key='…', …)"
+    )
+
+
+# What the hooks see -------------------------------------------------------------------------------------------------
+
+
+def _same(seen: Tensor) -> Tensor:
+    return seen
+
+
+def _fused(seen: Tensor) -> Float[Tensor, "batch n 3 dim"]:
+    """Split a fused projection's (batch, n, 3·dim) into its thirds; a view."""
+    return seen.unflatten(-1, (3, -1))
+
+
+def _joined(seen: Tensor) -> Float[Tensor, "batch n dim"]:
+    """Bring (batch, heads, n, d) to (batch, n, heads·d)."""
+    return seen.transpose(1, 2).flatten(2)
+
+
+def _argument(seen: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> Tensor:
+    """Return query (0), key (1) or value (2) of a scaled-dot-product attention call."""
+    args, kwargs = seen
+    return args[position] if position < len(args) else kwargs[("query", "key", "value")[position]]
+
+
+def _query_key(seen: tuple[tuple[Any, ...], dict[str, Any]]) -> QueryKey:
+    args, kwargs = seen
+    query, key = _argument(seen, 0), _argument(seen, 1)
+    scale = kwargs.get("scale")
+    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    return QueryKey(query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), mask)

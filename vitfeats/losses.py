@@ -1,0 +1,132 @@
+"""Losses made from descriptors, after Tumanyan et al., Splicing ViT Features for Semantic Appearance Transfer, CVPR 2022.
+
+Each is a pure function of two descriptors, and means over elements, as the published code does (the paper writes
+un-squared norms: ``reduction="norm"``). Gradients flow into whatever required them; targets need none.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfeats.descriptor import Descriptor
+from vitfeats.errors import ConfigError, ShapeError
+from vitfeats.similarity import unit
+
+Reduction = Literal["mean", "norm"]
+Form = Literal["auto", "matrix", "factored"]
+
+
+def structure_loss(
+    out: Descriptor, target: Descriptor, *, reduction: Reduction = "mean", form: Form = "auto"
+) -> Float[Tensor, ""]:
+    """Return the mean squared difference of two images' self-similarity matrices (eq. 5 of the paper).
+
+    CLS counts as one more token where both have it, as in the published code; registers do not. The images of a batch
+    are compared one to one and averaged.
+
+    Args:
+        out: Usually keys of the last block, of the image being made.
+        target: The same tap of the image whose structure is wanted, on the same grid.
+        reduction: "mean" is ‖S(out) − S(target)‖²/n², "norm" is the un-squared norm ‖S(out) − S(target)‖.
+        form: "matrix" makes the (n, n) matrices. "factored" gives the same number without any: with row-normalised
+            K and T, D = K − T and S = K + T, ‖KKᵀ − TTᵀ‖² = ½(⟨DᵀD, SᵀS⟩ + ⟨SᵀD, (SᵀD)ᵀ⟩), exact also where both are
+            nearly equal (expanding the square instead loses every digit there). "auto" takes "factored" where there
+            are more tokens than channels.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models.
+        ShapeError: If batches, tokens or channels differ.
+    """
+    _check_pair(out, target)
+    made, wanted = _with_cls(out, target)
+    tokens, dim = made.shape[1:]
+    if form not in ("auto", "matrix", "factored"):
+        raise ConfigError(f"expected form 'auto', 'matrix' or 'factored', got {form!r}")
+    squared = _squared_factored if form == "factored" or (form == "auto" and tokens > dim) else _squared_matrix
+    return _reduced(squared(unit(made), unit(wanted)), tokens * tokens, reduction)
+
+
+def appearance_loss(out: Descriptor, target: Descriptor, *, reduction: Reduction = "mean") -> Float[Tensor, ""]:
+    """Return the mean squared difference of two images' CLS tokens (eq. 3 of the paper).
+
+    Args:
+        out: A ``cls`` or ``token`` tap, usually of the last block, of the image being made.
+        target: The same tap of the image whose appearance is wanted; the grids may differ.
+        reduction: "mean", or "norm" for the un-squared norm.
+
+    Raises:
+        ConfigError: If the taps are neither ``cls`` nor ``token``, or the models differ.
+        ShapeError: If there is no CLS token, or the batches differ.
+    """
+    for d in (out, target):
+        if d.tap.facet not in ("cls", "token"):
+            raise ConfigError(f"expected taps 'cls' or 'token' for appearance_loss, got '{d.tap}'; extract 'cls@11'")
+        if d.cls is None:
+            raise ShapeError(f"expected descriptors with a CLS token, but {d.model} has none")
+    if (out.model, out.tap.layer) != (target.model, target.tap.layer):
+        raise ConfigError(f"expected one model and layer, got {out.tap} of {out.model} and {target.tap} of {target.model}")
+    assert out.cls is not None and target.cls is not None
+    if out.cls.shape != target.cls.shape:
+        raise ShapeError(f"expected as many images in both, got {len(out)} and {len(target)}")
+    squared = (out.cls - target.cls).square().sum(1)
+    return _reduced(squared, out.dim, reduction)
+
+
+def identity_loss(out: Descriptor, target: Descriptor, *, reduction: Reduction = "mean") -> Float[Tensor, ""]:
+    """Return the mean squared difference of two images' keys, CLS included where both have it (eq. 6 of the paper).
+
+    Args:
+        out: Usually keys of the last block, of the generator's output for the target image.
+        target: The same tap of the target image itself, on the same grid.
+        reduction: "mean", or "norm" for the un-squared norm.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models.
+        ShapeError: If batches, tokens or channels differ.
+    """
+    _check_pair(out, target)
+    made, wanted = _with_cls(out, target)
+    squared = (made - wanted).square().sum((1, 2))
+    return _reduced(squared, made.shape[1] * made.shape[2], reduction)
+
+
+def _check_pair(out: Descriptor, target: Descriptor) -> None:
+    if (out.tap, out.model) != (target.tap, target.model):
+        raise ConfigError(
+            f"expected one tap of one model in both, got {out.tap} of {out.model} and {target.tap} of {target.model}"
+        )
+    if out.features.shape != target.features.shape:
+        raise ShapeError(
+            f"expected descriptors of one shape (batch, tokens, dim), got {tuple(out.features.shape)} and "
+            f"{tuple(target.features.shape)}; resize one image to the other's size"
+        )
+
+
+def _with_cls(a: Descriptor, b: Descriptor) -> tuple[Tensor, Tensor]:
+    """Return both feature arrays, CLS in front where both have it."""
+    if a.cls is None or b.cls is None:
+        return a.features, b.features
+    return torch.cat([a.cls[:, None], a.features], 1), torch.cat([b.cls[:, None], b.features], 1)
+
+
+def _squared_matrix(k: Float[Tensor, "batch n dim"], t: Float[Tensor, "batch n dim"]) -> Float[Tensor, " batch"]:
+    return (k @ k.mT - t @ t.mT).square().sum((1, 2))
+
+
+def _squared_factored(k: Float[Tensor, "batch n dim"], t: Float[Tensor, "batch n dim"]) -> Float[Tensor, " batch"]:
+    difference, total = k - t, k + t
+    crossed = total.mT @ difference
+    both = (difference.mT @ difference * (total.mT @ total)).sum((1, 2))
+    return 0.5 * (both + (crossed * crossed.mT).sum((1, 2)))
+
+
+def _reduced(squared: Float[Tensor, " batch"], elements: int, reduction: Reduction) -> Float[Tensor, ""]:
+    if reduction == "mean":
+        return squared.mean() / elements
+    if reduction == "norm":
+        # The root has no slope at 0; a floor below what float32 resolves keeps the gradient finite at equality.
+        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt().mean()
+    raise ConfigError(f"expected reduction 'mean' or 'norm', got {reduction!r}")
+

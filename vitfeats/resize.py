@@ -1,0 +1,85 @@
+"""Resampling of images, feature maps and position embeddings, in torch and differentiable."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfeats.errors import ConfigError, nearest_names
+from vitfeats.grid import Size
+
+
+def resize_images(
+    images: Float[Tensor, "batch 3 height width"], size: Size, interpolation: str = "bicubic"
+) -> Float[Tensor, "batch 3 new_height new_width"]:
+    """Resize images in 0..1 to ``size`` = (height, width), antialiased; values stay in 0..1.
+
+    Bicubic overshoots at edges; it is clamped as every 8-bit image library clamps it. An image that has the size
+    already is returned as it is.
+    """
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    # A half-precision resize would lose what the antialiasing filter is for.
+    resized = F.interpolate(images.float(), size=size, mode=interpolation, align_corners=False, antialias=True)
+    return resized.clamp(0, 1).to(images.dtype)
+
+
+def resize_map(
+    maps: Float[Tensor, "batch dim rows cols"], size: Size, mode: str = "bilinear"
+) -> Float[Tensor, "batch dim height width"]:
+    """Resample maps to ``size`` = (height, width) so that corners stay on corners (``align_corners=False``)."""
+    if mode == "nearest":
+        return F.interpolate(maps, size=size, mode="nearest-exact")
+    return F.interpolate(maps, size=size, mode=mode, align_corners=False)
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """How a model family resamples its learned position embedding to another grid.
+
+    Attributes:
+        offset: Added to the target grid before the scale factor is taken (0.1 in DINO and DINOv2). With an offset the
+            *scale factor* steers the sampling, so that ``(rows + offset) / stored_rows`` is used instead of the exact
+            ratio: this is what the released models were evaluated with, and it moves every sampling point a little.
+        antialias: Whether a smaller grid is low-pass filtered.
+    """
+
+    offset: float
+    antialias: bool
+
+
+POSITION_RULES: dict[str, PositionRule] = {
+    "dino": PositionRule(offset=0.1, antialias=False),
+    "dinov2": PositionRule(offset=0.1, antialias=False),
+    "dinov2_reg": PositionRule(offset=0.0, antialias=True),
+    "timm": PositionRule(offset=0.0, antialias=True),
+    "transformers": PositionRule(offset=0.0, antialias=False),
+}
+"""The rules by name: DINO's and DINOv2's releases, DINOv2 with registers, and what the two libraries do themselves."""
+
+
+def resize_positions(
+    stored: Float[Tensor, "1 dim old_rows old_cols"], rows: int, cols: int, rule: str
+) -> Float[Tensor, "1 dim rows cols"]:
+    """Resample a position embedding to a grid of ``rows`` × ``cols``, bicubic, by a named rule.
+
+    Raises:
+        ConfigError: If there is no such rule.
+    """
+    if rule not in POSITION_RULES:
+        raise ConfigError(f"expected a position rule, got {rule!r}. {nearest_names(rule, POSITION_RULES)}")
+    chosen = POSITION_RULES[rule]
+    if not chosen.offset:
+        return F.interpolate(
+            stored.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=chosen.antialias
+        ).to(stored.dtype)
+    factors = ((rows + chosen.offset) / stored.shape[-2], (cols + chosen.offset) / stored.shape[-1])
+    return F.interpolate(
+        stored.float(),
+        scale_factor=factors,
+        mode="bicubic",
+        align_corners=False,
+        antialias=chosen.antialias,
+        recompute_scale_factor=False,
+    ).to(stored.dtype)

@@ -1,0 +1,87 @@
+"""Cosine similarity within and between images. A zero vector has similarity 0 to everything, never NaN."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vitfeats.descriptor import Descriptor, Points
+from vitfeats.errors import ShapeError
+
+CHUNK_BYTES = 64 * 2**20
+"""Most memory that one block of a chunked similarity takes."""
+
+
+def cosine_similarity(a: Descriptor, b: Descriptor) -> Float[Tensor, "batch tokens_a tokens_b"]:
+    """Return the cosine similarity of every token of ``a`` to every token of ``b``, image by image, in −1..1.
+
+    The result has batch · tokens_a · tokens_b · 4 bytes. Matching and :func:`similarity_map` do not need it whole.
+
+    Args:
+        a: A descriptor.
+        b: One with as many channels, and as many images (or one image, or ``a`` has one).
+
+    Raises:
+        ShapeError: If channels or batches do not fit.
+    """
+    check_comparable(a, b)
+    if 1 not in (len(a), len(b)) and len(a) != len(b):
+        raise ShapeError(f"expected two batches of one size, or one of them of 1, got {len(a)} and {len(b)} images")
+    return unit(a.features) @ unit(b.features).transpose(1, 2)
+
+
+def self_similarity(d: Descriptor) -> Float[Tensor, "batch tokens tokens"]:
+    """Return the cosine similarity of every patch token to every other of its image, in −1..1.
+
+    This is the structure representation of Tumanyan et al., Splicing ViT Features, CVPR 2022, eq. 4, over the patch
+    tokens. CLS is left out; :func:`~vitfeats.structure_loss` has it, as the published loss does.
+    """
+    return cosine_similarity(d, d)
+
+
+def similarity_map(d1: Descriptor, points: Points, d2: Descriptor) -> Float[Tensor, "n rows cols"]:
+    """Where does each point of image 1 look like in image 2? Cosine similarity, in −1..1.
+
+    Args:
+        d1: Descriptor of one image.
+        points: (n, 2), (x, y) in source pixels of image 1; features are interpolated there.
+        d2: Descriptor of one image; the result lies on its grid.
+
+    Raises:
+        ShapeError: If a descriptor holds more than one image, the channels differ, or a point lies outside.
+    """
+    check_single(d1, d2)
+    check_comparable(d1, d2)
+    asked = unit(d1.at(points)[0])
+    return (asked @ unit(d2.features[0]).T).unflatten(1, (d2.grid.rows, d2.grid.cols))
+
+
+def similarity_blocks(
+    a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"], chunk: int | None = None
+) -> Iterator[tuple[int, Float[Tensor, "rows m"]]]:
+    """Yield ``(first row, block of a @ b.T)`` with at most ``chunk`` rows (None: what fits 64 MiB)."""
+    rows = max(1, CHUNK_BYTES // (b.shape[0] * b.element_size())) if chunk is None else chunk
+    for start in range(0, a.shape[0], rows):
+        yield start, a[start : start + rows] @ b.T
+
+
+def unit(features: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """Divide vectors by their length; zero vectors stay zero."""
+    return F.normalize(features, dim=-1)
+
+
+def check_comparable(a: Descriptor, b: Descriptor) -> None:
+    """Raise ``ShapeError`` unless both have as many channels."""
+    if a.dim != b.dim:
+        raise ShapeError(
+            f"expected descriptors with as many channels, got {a.dim} ({a.tap} of {a.model}) and {b.dim} "
+            f"({b.tap} of {b.model}); extract both with one model and facet"
+        )
+
+
+def check_single(*descriptors: Descriptor) -> None:
+    """Raise ``ShapeError`` unless each descriptor holds one image."""
+    for d in descriptors:
+        if len(d) != 1:
+            raise ShapeError(f"expected a descriptor of one image, got a batch of {len(d)}; pass d[0], d[1], … one by one")
