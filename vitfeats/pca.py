@@ -65,6 +65,7 @@ class PCA:
         """
         group = _as_list(descriptors)
         tokens = torch.cat([d.features.detach().flatten(0, 1) for d in group]).double()
+        self._check_enough(tokens)
         masks = self._fit_foreground(group, tokens, foreground)
         if masks is not None:
             tokens = tokens[torch.cat([mask.flatten() for mask in masks])]
@@ -85,12 +86,10 @@ class PCA:
             ConfigError: If fitted with saliency and ``d`` was not among the fitted ones.
         """
         self._check_fitted(d)
-        shape = (len(d), d.grid.rows, d.grid.cols)
         if self._split is not None:
-            direction, threshold = self._split
-            return (d.features.detach() @ direction.to(d.features) > threshold).view(shape)
+            return _beyond(d, *self._split)
         if not self._masks:
-            return torch.ones(shape, dtype=torch.bool, device=d.device)
+            return torch.ones(len(d), d.grid.rows, d.grid.cols, dtype=torch.bool, device=d.device)
         for fitted, mask in self._masks:
             if fitted is d or fitted.features is d.features:
                 return mask
@@ -118,16 +117,19 @@ class PCA:
         return resize_map(rgb, _source_size(d) if size == "source" else size)
 
     def _fit_tokens(self, tokens: Float[Tensor, "n dim"]) -> None:
-        if tokens.shape[0] < self.n_components or tokens.shape[1] < self.n_components:
-            raise ShapeError(
-                f"expected at least {self.n_components} tokens and channels for as many components, "
-                f"got {tokens.shape[0]} tokens of {tokens.shape[1]}"
-            )
+        self._check_enough(tokens)
         self.mean_, self.components_, variance, total = _principal(tokens, self.n_components)
         self.explained_variance_ = variance
         self.explained_variance_ratio_ = variance / total.clamp_min(1e-30)
         along = (tokens - self.mean_) @ self.components_.T
         self.low_, self.high_ = _tails(along)
+
+    def _check_enough(self, tokens: Float[Tensor, "n dim"]) -> None:
+        if tokens.shape[0] < max(2, self.n_components) or tokens.shape[1] < self.n_components:
+            raise ShapeError(
+                f"expected at least {max(2, self.n_components)} tokens and {self.n_components} channels for "
+                f"{self.n_components} components, got {tokens.shape[0]} tokens of {tokens.shape[1]}"
+            )
 
     def _fit_foreground(
         self, group: list[Descriptor], tokens: Float[Tensor, "n dim"], foreground: Foreground
@@ -140,8 +142,7 @@ class PCA:
             if foreground != "border":
                 raise ConfigError(f"expected foreground None, 'border' or an attention descriptor, got {foreground!r}")
             self._split = _border_split(group, tokens)
-            direction, threshold = self._split
-            masks = [(d.features.detach().double() @ direction > threshold).view(len(d), d.grid.rows, d.grid.cols) for d in group]
+            masks = [_beyond(d, *self._split) for d in group]
         else:
             masks = _salient(group, _as_list(foreground))
             self._masks = list(zip(group, masks, strict=True))
@@ -190,6 +191,11 @@ def _border_split(group: list[Descriptor], tokens: Float[Tensor, "n dim"]) -> tu
     if (along[border] > threshold).double().mean() > 0.5:
         direction, threshold = -direction, -threshold
     return direction, float(threshold + mean @ direction)
+
+
+def _beyond(d: Descriptor, direction: Float[Tensor, " dim"], threshold: float) -> Bool[Tensor, "batch rows cols"]:
+    along = d.features.detach().double() @ direction.to(d.device)
+    return (along > threshold).view(len(d), d.grid.rows, d.grid.cols)
 
 
 def _two_means(values: Float[Tensor, " n"]) -> float:

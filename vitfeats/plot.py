@@ -1,0 +1,195 @@
+"""Pictures of descriptors. Every function returns a PIL image: show it, or ``.save("file.png")``.
+
+Nothing here touches pyplot or a backend, so it works the same in a script, a notebook and a server.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vitfeats.attention_maps import saliency as saliency_of
+from vitfeats.descriptor import Descriptor, Points, as_points
+from vitfeats.errors import ShapeError
+from vitfeats.matching import Matches
+from vitfeats.pca import PCA
+from vitfeats.preprocess import ImageLike, load_image, to_pil
+from vitfeats.resize import resize_map
+
+_INCHES = 3.2  # side of a panel
+_DPI = 130
+
+
+def pca(
+    images: ImageLike | Sequence[ImageLike],
+    descriptors: Descriptor | Sequence[Descriptor],
+    *,
+    fitted: PCA | None = None,
+) -> Image.Image:
+    """Draw images above the first three principal components of their tokens, as colours.
+
+    Args:
+        images: One image, or one for each descriptor.
+        descriptors: One descriptor of one image, or several; one PCA is fitted on all of them, so that a colour means
+            the same in all pictures.
+        fitted: Use this PCA instead.
+
+    Raises:
+        ShapeError: If there are not as many images as descriptors.
+    """
+    pictures = _pictures(images)
+    group = _singles(descriptors)
+    _check_as_many(pictures, group)
+    colours = PCA(3).fit(group) if fitted is None else fitted
+    figure, axes = _panels(2, len(group), [picture.size for picture in pictures])
+    for column, (picture, d) in enumerate(zip(pictures, group, strict=True)):
+        height, width = d.frames[0].source_size
+        painted = to_pil(colours.to_rgb(d)[0]).resize((width, height), Image.Resampling.NEAREST)
+        axes[0][column].imshow(picture)
+        axes[1][column].imshow(painted)
+    return _rendered(figure)
+
+
+def similarity(
+    image_a: ImageLike, points: Points, image_b: ImageLike, maps: Float[Tensor, "n rows cols"]
+) -> Image.Image:
+    """Draw each asked point on image a, above where it looks alike in image b.
+
+    Args:
+        image_a: The image asked about.
+        points: (n, 2), (x, y) in its pixels.
+        image_b: The image searched.
+        maps: (n, rows, cols), from :func:`~vitfeats.similarity_map`. Each is drawn over its own range; its brightest
+            cell is marked.
+
+    Raises:
+        ShapeError: If there are not as many maps as points.
+    """
+    asked = as_points(points, torch.zeros(1))
+    a, b = _picture(image_a), _picture(image_b)
+    if len(asked) != len(maps):
+        raise ShapeError(f"expected one map a point, got {len(maps)} maps for {len(asked)} points")
+    figure, axes = _panels(2, len(asked), [a.size] * len(asked), [b.size] * len(asked))
+    for column, (point, values) in enumerate(zip(asked.tolist(), maps, strict=True)):
+        axes[0][column].imshow(a)
+        axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="white", mew=3)
+        axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="#d62728", mew=1.5)
+        _overlay(axes[1][column], b, values)
+        row, col = divmod(int(values.argmax()), values.shape[1])
+        best = ((col + 0.5) / values.shape[1] * b.width, (row + 0.5) / values.shape[0] * b.height)
+        axes[1][column].plot(*_pixel(best), "+", ms=12, mec="white", mew=2)
+    return _rendered(figure)
+
+
+def matches(image_a: ImageLike, image_b: ImageLike, m: Matches, *, most: int = 40, seed: int = 0) -> Image.Image:
+    """Draw matches between two images side by side, each in its own colour.
+
+    Args:
+        image_a: The first image.
+        image_b: The second.
+        m: Their matches; rows without a match are left out.
+        most: At most this many are drawn, drawn at random, so that the picture shows good and bad ones alike.
+        seed: Of that draw.
+    """
+    a, b = _picture(image_a), _picture(image_b)
+    height = max(a.height, b.height)
+    gap = max(4, (a.width + b.width) // 100)
+    canvas = Image.new("RGB", (a.width + gap + b.width, height), "white")
+    canvas.paste(a, (0, 0))
+    canvas.paste(b, (a.width + gap, 0))
+    matched = (m.index_b >= 0).nonzero()[:, 0].cpu()
+    order = torch.randperm(len(matched), generator=torch.Generator().manual_seed(seed))[:most]
+    shown = m[matched[order].to(m.index_b.device)]
+    figure, axes = _panels(1, 1, [canvas.size], scale=3.0)
+    axes[0][0].imshow(canvas)
+    # Colour by height in image a: neighbours get like colours, so a match that breaks ranks is seen.
+    hues = shown.points_a[:, 1] / a.height
+    for start, end, hue in zip(shown.points_a.tolist(), shown.points_b.tolist(), hues.tolist(), strict=True):
+        (x0, y0), (x1, y1) = _pixel(start), _pixel(end)
+        axes[0][0].plot([x0, x1 + a.width + gap], [y0, y1], "-o", color=_colour(hue), lw=1.1, ms=3.5, mec="white", mew=0.5)
+    return _rendered(figure)
+
+
+def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequence[int] | None = None) -> Image.Image:
+    """Draw images above where CLS looks.
+
+    Args:
+        images: One image, or one for each of the batch.
+        d: Descriptor of the facet ``attention``.
+        heads: As for :func:`~vitfeats.saliency`.
+
+    Raises:
+        ShapeError: If there are not as many images as descriptors.
+    """
+    pictures = _pictures(images)
+    _check_as_many(pictures, list(d))
+    figure, axes = _panels(2, len(pictures), [picture.size for picture in pictures])
+    for column, (picture, values) in enumerate(zip(pictures, saliency_of(d, heads), strict=True)):
+        axes[0][column].imshow(picture)
+        _overlay(axes[1][column], picture, values)
+    return _rendered(figure)
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    return to_pil(load_image(image))
+
+
+def _pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    return [_picture(image) for image in (images if isinstance(images, list | tuple) else [images])]
+
+
+def _singles(descriptors: Descriptor | Sequence[Descriptor]) -> list[Descriptor]:
+    group = [descriptors] if isinstance(descriptors, Descriptor) else descriptors
+    return [single for d in group for single in d]
+
+
+def _check_as_many(pictures: Sequence[Any], descriptors: Sequence[Any]) -> None:
+    if len(pictures) != len(descriptors):
+        raise ShapeError(f"expected one image a descriptor, got {len(pictures)} images and {len(descriptors)} descriptors")
+
+
+def _panels(
+    rows: int, cols: int, sizes: list[tuple[int, int]], lower: list[tuple[int, int]] | None = None, scale: float = 1.0
+) -> tuple[Figure, Any]:
+    """Return a figure of bare panels whose columns have the images' own proportions."""
+    widths = [width / height for width, height in sizes]
+    heights = [1.0, *[max(h / w * widths[0] for w, h in (lower or sizes)[:1])] * (rows - 1)] if rows > 1 else [1.0]
+    figure = Figure(figsize=(_INCHES * scale * sum(widths) / max(widths[0], 1.0), 1.0), dpi=_DPI)
+    unit = figure.get_figwidth() / sum(widths)
+    figure.set_figheight(unit * sum(heights))
+    axes = figure.subplots(
+        rows, cols, squeeze=False, gridspec_kw={"width_ratios": widths, "height_ratios": heights, "wspace": 0.03, "hspace": 0.03}
+    )
+    figure.subplots_adjust(0.005, 0.005, 0.995, 0.995)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _overlay(axis: Any, picture: Image.Image, values: Float[Tensor, "rows cols"]) -> None:
+    fine = resize_map(values.detach().float().cpu()[None, None], (picture.height, picture.width), mode="nearest")[0, 0]
+    axis.imshow(picture.convert("L"), cmap="gray", vmin=-80, vmax=255)
+    axis.imshow(fine.numpy(), cmap="magma", alpha=0.7)
+
+
+def _pixel(point: Sequence[float]) -> tuple[float, float]:
+    # matplotlib puts 0 at the centre of the first pixel; our origin is its corner.
+    return point[0] - 0.5, point[1] - 0.5
+
+
+def _colour(hue: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["turbo"](0.05 + 0.9 * hue)
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
