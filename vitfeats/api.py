@@ -81,14 +81,14 @@ def load_extractor(
     if not isinstance(model, nn.Module):
         network = network.to(_device(device)).eval().requires_grad_(False)
     elif device != "auto":
-        raise ConfigError(f"expected a module that is on its device already, got device={device!r}; call module.to first")
+        raise ConfigError(
+            f"expected a module that is on its device already, got device={device!r}; call module.to first"
+        )
     wanted = found.default_size if size is None else size
     preprocess = Preprocess(
         wanted, found.patch, found.patch if stride is None else stride, found.mean, found.std, found.interpolation
     )
-    return ViTExtractor(
-        network, found, preprocess, anatomy=anatomy, dtype=dtype, norm=norm, norm_qk=norm_qk, rope=rope
-    )
+    return ViTExtractor(network, found, preprocess, anatomy=anatomy, dtype=dtype, norm=norm, norm_qk=norm_qk, rope=rope)
 
 
 def extract(
@@ -230,8 +230,11 @@ def _cached(settings: dict[str, Any]) -> Extractor:
 
 def _device(device: str | torch.device) -> torch.device:
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch raises both for a device that is not there
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"expected a device of this machine, got {str(device)!r}: {reason}; try 'cpu'") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-

@@ -24,7 +24,9 @@ def saliency(d: Descriptor, heads: Sequence[int] | None = None) -> Float[Tensor,
         ShapeError: If there is no such head.
     """
     if d.tap.facet != "attention":
-        raise UnknownFacetError(f"expected a descriptor of the facet 'attention', got '{d.tap}'; extract 'attention@11'")
+        raise UnknownFacetError(
+            f"expected a descriptor of the facet 'attention', got '{d.tap}'; extract 'attention@11'"
+        )
     chosen = list(range(d.dim)) if heads is None else list(heads)
     if not chosen or not all(-d.dim <= head < d.dim for head in chosen):
         raise ShapeError(f"expected heads from 0 to {d.dim - 1} of {d.model}, got {heads}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vitfeats.errors import ConfigError
 from vitfeats.grid import Size
-from vitfeats.taps import TokenLayout
+from vitfeats.taps import Tap, TokenLayout
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -74,6 +74,11 @@ class ModelCard:
     def registers(self) -> int:
         """Number of register tokens."""
         return self.prefix_tokens - int(self.has_cls)
+
+    @property
+    def usual_tap(self) -> str:
+        """The default tap with its block counted from the start, for people."""
+        return str(Tap.parse(self.default_tap).resolved(self.depth))
 
     @property
     def layout(self) -> TokenLayout:

@@ -168,7 +168,9 @@ class Descriptor:
 
         target = Path(path)
         arrays = {"features": self.features, "cls": self.cls, "registers": self.registers}
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in arrays.items() if value is not None}
+        tensors = {
+            name: value.detach().cpu().contiguous().clone() for name, value in arrays.items() if value is not None
+        }
         facts = {
             "format": _FORMAT,
             "grid": json.dumps(asdict(self.grid)),

@@ -66,7 +66,9 @@ def appearance_loss(out: Descriptor, target: Descriptor, *, reduction: Reduction
         if d.cls is None:
             raise ShapeError(f"expected descriptors with a CLS token, but {d.model} has none")
     if (out.model, out.tap.layer) != (target.model, target.tap.layer):
-        raise ConfigError(f"expected one model and layer, got {out.tap} of {out.model} and {target.tap} of {target.model}")
+        raise ConfigError(
+            f"expected one model and layer, got {out.tap} of {out.model} and {target.tap} of {target.model}"
+        )
     assert out.cls is not None and target.cls is not None
     if out.cls.shape != target.cls.shape:
         raise ShapeError(f"expected as many images in both, got {len(out)} and {len(target)}")
@@ -129,4 +131,3 @@ def _reduced(squared: Float[Tensor, " batch"], elements: int, reduction: Reducti
         # The root has no slope at 0; a floor below what float32 resolves keeps the gradient finite at equality.
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt().mean()
     raise ConfigError(f"expected reduction 'mean' or 'norm', got {reduction!r}")
-

@@ -36,7 +36,9 @@ class Matches:
         """Check that there are as many rows of each."""
         rows = {len(value) for value in (self.points_a, self.points_b, self.scores, self.index_a, self.index_b)}
         if len(rows) != 1 or self.points_a.shape[1:] != (2,) or self.points_b.shape[1:] != (2,):
-            raise ShapeError(f"expected n rows of points (n, 2), scores and indices, got {self.points_a.shape} and others")
+            raise ShapeError(
+                f"expected n rows of points (n, 2), scores and indices, got {self.points_a.shape} and others"
+            )
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -73,9 +75,7 @@ def match_nearest(a: Descriptor, b: Descriptor, *, chunk: int | None = None) -> 
     return _matches(a, b, torch.arange(a.grid.tokens, device=a.device), nearest, scores)
 
 
-def match_mutual(
-    a: Descriptor, b: Descriptor, *, keep_unmatched: bool = False, chunk: int | None = None
-) -> Matches:
+def match_mutual(a: Descriptor, b: Descriptor, *, keep_unmatched: bool = False, chunk: int | None = None) -> Matches:
     """Match tokens that are each other's most similar one (best buddies; Dekel et al., CVPR 2015).
 
     Args:

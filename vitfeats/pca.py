@@ -232,5 +232,7 @@ def _salient(group: list[Descriptor], attention: list[Descriptor]) -> list[Bool[
 def _source_size(d: Descriptor) -> Size:
     sizes = {frame.source_size for frame in d.frames}
     if len(sizes) > 1:
-        raise ShapeError(f"expected images of one source size for size='source', got {sorted(sizes)}; pass d[0], d[1], …")
+        raise ShapeError(
+            f"expected images of one source size for size='source', got {sorted(sizes)}; pass d[0], d[1], …"
+        )
     return sizes.pop()

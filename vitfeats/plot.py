@@ -112,7 +112,9 @@ def matches(image_a: ImageLike, image_b: ImageLike, m: Matches, *, most: int = 4
     hues = shown.points_a[:, 1] / a.height
     for start, end, hue in zip(shown.points_a.tolist(), shown.points_b.tolist(), hues.tolist(), strict=True):
         (x0, y0), (x1, y1) = _pixel(start), _pixel(end)
-        axes[0][0].plot([x0, x1 + a.width + gap], [y0, y1], "-o", color=_colour(hue), lw=1.1, ms=3.5, mec="white", mew=0.5)
+        axes[0][0].plot(
+            [x0, x1 + a.width + gap], [y0, y1], "-o", color=_colour(hue), lw=1.1, ms=3.5, mec="white", mew=0.5
+        )
     return _rendered(figure)
 
 
@@ -151,7 +153,9 @@ def _singles(descriptors: Descriptor | Sequence[Descriptor]) -> list[Descriptor]
 
 def _check_as_many(pictures: Sequence[Any], descriptors: Sequence[Any]) -> None:
     if len(pictures) != len(descriptors):
-        raise ShapeError(f"expected one image a descriptor, got {len(pictures)} images and {len(descriptors)} descriptors")
+        raise ShapeError(
+            f"expected one image a descriptor, got {len(pictures)} images and {len(descriptors)} descriptors"
+        )
 
 
 def _panels(
@@ -164,7 +168,10 @@ def _panels(
     unit = figure.get_figwidth() / sum(widths)
     figure.set_figheight(unit * sum(heights))
     axes = figure.subplots(
-        rows, cols, squeeze=False, gridspec_kw={"width_ratios": widths, "height_ratios": heights, "wspace": 0.03, "hspace": 0.03}
+        rows,
+        cols,
+        squeeze=False,
+        gridspec_kw={"width_ratios": widths, "height_ratios": heights, "wspace": 0.03, "hspace": 0.03},
     )
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.995)
     for axis in axes.flat:

@@ -84,4 +84,6 @@ def check_single(*descriptors: Descriptor) -> None:
     """Raise ``ShapeError`` unless each descriptor holds one image."""
     for d in descriptors:
         if len(d) != 1:
-            raise ShapeError(f"expected a descriptor of one image, got a batch of {len(d)}; pass d[0], d[1], … one by one")
+            raise ShapeError(
+                f"expected a descriptor of one image, got a batch of {len(d)}; pass d[0], d[1], … one by one"
+            )

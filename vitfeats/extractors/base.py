@@ -1,10 +1,12 @@
 """The abstract Extractor: everything that does not depend on the kind of network."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from vitfeats.card import ModelCard
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError
-from vitfeats.grid import Frame, PatchGrid
+from vitfeats.grid import Frame, PatchGrid, Size
 from vitfeats.preprocess import ImageLike, Images, Prepared, Preprocess, load_image
 from vitfeats.taps import Reading, Tap
 
@@ -117,6 +119,21 @@ class Extractor(ABC):
         asked = self._resolve_all(taps)
         return self._each(iter(images), asked, not _is_several(taps), batch_size)
 
+    def resized(self, *, size: int | Size | None = None, stride: int | None = None) -> Self:
+        """Return an extractor of the same network (shared, not copied) at another size or stride.
+
+        Args:
+            size: Shorter side in pixels, or (height, width); None keeps it.
+            stride: Step between tokens in pixels; None keeps it.
+
+        Raises:
+            ShapeError: If the stride does not divide the patch, or the size is smaller than one patch.
+        """
+        other = copy.copy(self)
+        changes = {name: value for name, value in (("size", size), ("stride", stride)) if value is not None}
+        other.preprocess = replace(self.preprocess, **changes)
+        return other
+
     def __repr__(self) -> str:
         """Say what it is in one line."""
         precision = "float32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
@@ -180,9 +197,7 @@ class Extractor(ABC):
             grid = PatchGrid(1, 1, size, size)
         heads = None if tap.facet == "attention" else self.card.heads
         frames: tuple[Frame, ...] = batch.frames
-        return Descriptor(
-            reading.features, grid, frames, tap, self.card.name, reading.cls, reading.registers, heads
-        )
+        return Descriptor(reading.features, grid, frames, tap, self.card.name, reading.cls, reading.registers, heads)
 
 
 def autocast_type(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:

@@ -98,7 +98,9 @@ class ViTExtractor(Extractor):
         if rope not in ("pre", "post"):
             raise ConfigError(f"expected rope 'pre' or 'post', got {rope!r}")
         if rope == "post" and self.anatomy.rotary and has_norm_qk and not norm_qk:
-            raise ConfigError("expected norm_qk=True with rope='post': this model rotates keys after it has normed them")
+            raise ConfigError(
+                "expected norm_qk=True with rope='post': this model rotates keys after it has normed them"
+            )
         if norm and isinstance(self._final_norm(root), nn.Identity | None):
             raise ConfigError(
                 f"expected a model with a final norm over its tokens for norm=True, but {card.name} has none; "

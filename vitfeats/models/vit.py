@@ -94,10 +94,16 @@ CARDS = (
     _row("mae_vitb16", "MAE", "vit_base_patch16_224.mae", 16, _BASE, licence="CC BY-NC 4.0", paper=_MAE, **_TIMM),
     _row("mae_vitl16", "MAE", "vit_large_patch16_224.mae", 16, _LARGE, licence="CC BY-NC 4.0", paper=_MAE, **_TIMM),
     _row("deit_vitt16", "DeiT", "deit_tiny_patch16_224.fb_in1k", 16, _TINY, licence="Apache-2.0", paper=_DEIT, **_TIMM),
-    _row("deit_vits16", "DeiT", "deit_small_patch16_224.fb_in1k", 16, _SMALL, licence="Apache-2.0", paper=_DEIT, **_TIMM),
+    _row(
+        "deit_vits16", "DeiT", "deit_small_patch16_224.fb_in1k", 16, _SMALL, licence="Apache-2.0", paper=_DEIT, **_TIMM
+    ),
     _row("deit_vitb16", "DeiT", "deit_base_patch16_224.fb_in1k", 16, _BASE, licence="Apache-2.0", paper=_DEIT, **_TIMM),
-    _half("augreg_vits16", "AugReg", "vit_small_patch16_224.augreg_in21k", 16, _SMALL, licence="Apache-2.0", paper=_AUGREG),
-    _half("augreg_vitb16", "AugReg", "vit_base_patch16_224.augreg_in21k", 16, _BASE, licence="Apache-2.0", paper=_AUGREG),
+    _half(
+        "augreg_vits16", "AugReg", "vit_small_patch16_224.augreg_in21k", 16, _SMALL, licence="Apache-2.0", paper=_AUGREG
+    ),
+    _half(
+        "augreg_vitb16", "AugReg", "vit_base_patch16_224.augreg_in21k", 16, _BASE, licence="Apache-2.0", paper=_AUGREG
+    ),
     _clip("clip_vitb32", "vit_base_patch32_clip_224.openai", 32, _BASE),
     _clip("clip_vitb16", "vit_base_patch16_clip_224.openai", 16, _BASE),
     _clip("clip_vitl14", "vit_large_patch14_clip_224.openai", 14, _LARGE),
@@ -186,7 +192,9 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
     """
     config = Path(path) / "config.json"
     if not config.is_file():
-        raise WeightsUnavailableError(f"expected a folder with config.json and weights, but '{path}' has no config.json")
+        raise WeightsUnavailableError(
+            f"expected a folder with config.json and weights, but '{path}' has no config.json"
+        )
     if "architecture" not in json.loads(config.read_text()):
         return load_transformers(path, checkpoint)
     network = _timm_network(path, f"local-dir:{path}", checkpoint)
@@ -225,7 +233,9 @@ def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
     if checkpoint is None and not name.startswith("local-dir:"):
         repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
         if repository is None:
-            raise WeightsUnavailableError(f"expected published weights for '{asked}', but timm has none; pass checkpoint=")
+            raise WeightsUnavailableError(
+                f"expected published weights for '{asked}', but timm has none; pass checkpoint="
+            )
         require_weights(asked, repository)
         try:
             return timm.create_model(name, pretrained=True, **options)

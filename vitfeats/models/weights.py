@@ -78,7 +78,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "trust where it is from, convert it to safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsUnavailableError(f"expected a torch weight file at '{file}', but it is damaged: {error}") from error
+        raise WeightsUnavailableError(
+            f"expected a torch weight file at '{file}', but it is damaged: {error}"
+        ) from error
     return _state_dict(loaded, file)
 
 

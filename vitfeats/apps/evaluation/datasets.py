@@ -1,0 +1,194 @@
+"""Pairs of images with known correspondences that need no annotation: a stereo pair, and warped photographs."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vitfeats import samples
+from vitfeats.errors import ConfigError, ImageError
+from vitfeats.grid import Size
+from vitfeats.preprocess import ImageLike, load_image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IN_PLACE = 0.1  # PCK@0.1 of the answer "the same place" that a warp may reach at most
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two images and points that show the same.
+
+    Attributes:
+        image_a: (3, height, width) in 0..1.
+        image_b: (3, height, width) in 0..1.
+        points_a: (n, 2), (x, y) in pixels of image a.
+        points_b: (n, 2), (x, y) in pixels of image b.
+        name: What to call it.
+    """
+
+    image_a: Float[Tensor, "3 height_a width_a"]
+    image_b: Float[Tensor, "3 height_b width_b"]
+    points_a: Float[Tensor, "n 2"]
+    points_b: Float[Tensor, "n 2"]
+    name: str
+
+
+class StereoPair:
+    """The motorcycle of the Middlebury 2014 benchmark: a rectified pair with ground-truth disparity.
+
+    Attributes:
+        left: (3, 500, 741) in 0..1.
+        right: (3, 500, 741) in 0..1.
+        disparity: (500, 741) in pixels of the left image; infinite where unknown.
+    """
+
+    def __init__(self) -> None:
+        """Read the pair from scikit-image."""
+        left, right, disparity = samples.stereo_pair()
+        self.left, self.right = load_image(left), load_image(right)
+        self.disparity = torch.from_numpy(disparity)
+
+    def truth(self, points: Float[Tensor, "n 2"]) -> tuple[Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
+        """Return where left points are in the right image, and which of them are known to be there.
+
+        Args:
+            points: (n, 2), (x, y) in pixels of the left image.
+        """
+        height, width = self.disparity.shape
+        col = points[:, 0].floor().long().clamp(0, width - 1)
+        row = points[:, 1].floor().long().clamp(0, height - 1)
+        shift = self.disparity[row, col]
+        known = shift.isfinite() & (points[:, 0] - shift >= 0)
+        x = points[:, 0] - shift.where(known, 0.0)
+        return torch.stack([x, points[:, 1]], 1), known
+
+
+class WarpedImages(Sequence[Pair]):
+    """Photographs and their random homographies: rotation up to ±45°, scale 0.6 to 1.5, shift up to 25 %, colours changed.
+
+    The same seed gives the same warps, whichever of them are asked for and in whatever order. A warp that leaves more
+    than a tenth of its points within 0.1·max(height, width) of where they were is drawn again, so that answering "the
+    same place" cannot score above 0.10 at PCK@0.1.
+
+    Attributes:
+        images: The photographs, or their files.
+        seed: Seed of the warps.
+    """
+
+    def __init__(
+        self, images: str | os.PathLike[str] | Sequence[ImageLike], *, seed: int = 0, points: int = 10
+    ) -> None:
+        """Collect the images; they are read one at a time, when asked for.
+
+        Args:
+            images: A folder, searched with its sub-folders, in the order of their names; or a list of images.
+            seed: Seed of the warps.
+            points: Points on a side of the square lattice laid over image a; those that leave image b are dropped.
+
+        Raises:
+            ImageError: If there is no image.
+        """
+        if isinstance(images, str | os.PathLike):
+            folder = Path(images)
+            found: Sequence[ImageLike] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        else:
+            found = list(images)
+        if not found:
+            raise ImageError(
+                f"expected a folder of images ({', '.join(SUFFIXES)}) or a list of them, got none in {images!r}"
+            )
+        if points < 2:
+            raise ConfigError(f"expected points of at least 2, got {points}")
+        self.images, self.seed, self._side = found, seed, points
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override] - no slices: they would read every image
+        """Return pair ``index``."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        index %= len(self)
+        source = self.images[index]
+        image = load_image(source)
+        size = (int(image.shape[1]), int(image.shape[2]))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        matrix, points_a, points_b = self._draw(size, generator)
+        gain = 0.7 + 0.6 * torch.rand(3, 1, 1, generator=generator)
+        warped = (warp(image, matrix) * gain).clamp(0, 1)
+        name = os.path.basename(source) if isinstance(source, str | os.PathLike) else str(index)
+        return Pair(image, warped, points_a, points_b, name)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Iterate over the pairs."""
+        return (self[index] for index in range(len(self)))
+
+    def _draw(self, size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        points = _lattice(size, self._side)
+        reach = IN_PLACE * max(size)
+        best: tuple[float, Tensor, Tensor, Tensor] | None = None
+        for _ in range(100):
+            matrix = random_homography(size, generator)
+            moved = apply_homography(matrix, points)
+            inside = ((moved >= 0) & (moved <= moved.new_tensor([size[1], size[0]]))).all(1)
+            if int(inside.sum()) < self._side:  # too few to measure
+                continue
+            kept, gone = points[inside], moved[inside]
+            share = float(((kept - gone).norm(dim=1) <= reach).float().mean())
+            if best is None or share < best[0]:
+                best = (share, matrix, kept, gone)
+            if share <= IN_PLACE:
+                break
+        if best is None:
+            raise ImageError(f"expected an image that keeps some of its content under a warp, got a size of {size}")
+        return best[1:]
+
+
+def random_homography(size: Size, generator: torch.Generator) -> Float[Tensor, "3 3"]:
+    """Draw a homography of an image of ``size`` = (height, width): source pixels to warped pixels, about the centre."""
+    height, width = size
+    angle, scale, shift_x, shift_y, tilt_x, tilt_y = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+    turn = math.radians(90 * angle - 45)
+    factor = 0.6 * (1.5 / 0.6) ** scale  # uniform in the logarithm: shrinking is as likely as growing
+    cos, sin = factor * math.cos(turn), factor * math.sin(turn)
+    offset = (0.5 * shift_x - 0.25) * width, (0.5 * shift_y - 0.25) * height
+    tilt = [0.2 * (t - 0.5) / max(size) for t in (tilt_x, tilt_y)]
+    to_centre = torch.tensor([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1]], dtype=torch.float64)
+    turned = torch.tensor([[cos, -sin, offset[0]], [sin, cos, offset[1]], [*tilt, 1]], dtype=torch.float64)
+    return (torch.linalg.inv(to_centre) @ turned @ to_centre).float()
+
+
+def apply_homography(matrix: Float[Tensor, "3 3"], points: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
+    """Map (x, y) points by a homography."""
+    homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], 1) @ matrix.T
+    return homogeneous[:, :2] / homogeneous[:, 2:]
+
+
+def warp(image: Float[Tensor, "3 height width"], matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 height width"]:
+    """Warp an image by a homography of its pixels; what comes from outside has the image's mean colour."""
+    height, width = image.shape[1:]
+    points = _pixel_centres((height, width))
+    source = apply_homography(torch.linalg.inv(matrix.double()).float(), points)
+    grid = (source / source.new_tensor([width, height]) * 2 - 1).view(1, height, width, 2)
+    mean = image.mean((1, 2), keepdim=True)
+    return (
+        F.grid_sample((image - mean)[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0] + mean
+    )
+
+
+def _pixel_centres(size: Size) -> Float[Tensor, "n 2"]:
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def _lattice(size: Size, side: int) -> Float[Tensor, "n 2"]:
+    steps = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(steps * size[0], steps * size[1], indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)

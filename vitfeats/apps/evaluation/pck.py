@@ -1,0 +1,51 @@
+"""PCK: the percentage of correct keypoints."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitfeats.descriptor import Points, as_points
+from vitfeats.errors import ConfigError, ShapeError
+
+
+def pck(
+    predicted: Points,
+    target: Points,
+    reference: tuple[float, float],
+    *,
+    alpha: float = 0.1,
+    visible: Tensor | np.ndarray | Sequence[bool] | None = None,
+) -> float:
+    """Return the share of predicted points within ``alpha · max(reference)`` of their target, 0..1.
+
+    A point at exactly that distance counts (``≤``). Yang & Ramanan, Articulated Human Detection with Flexible Mixtures
+    of Parts, TPAMI 2013.
+
+    Args:
+        predicted: (n, 2), (x, y) in pixels of the target image.
+        target: (n, 2), where they should be.
+        reference: (height, width) in the same pixels: of the target image for PCK@img, of the object's box for
+            PCK@bbox.
+        alpha: Fraction of the longer side, above 0.
+        visible: (n,), which points to count; None is all.
+
+    Returns:
+        A share in 0..1; NaN if there is no point to count.
+
+    Raises:
+        ShapeError: If the points are not (n, 2) each, or their numbers differ.
+        ConfigError: If ``alpha`` or the reference is not positive.
+    """
+    made, wanted = as_points(predicted, torch.zeros(1)), as_points(target, torch.zeros(1))
+    if made.shape != wanted.shape:
+        raise ShapeError(f"expected as many predicted points as targets, got {len(made)} and {len(wanted)}")
+    if alpha <= 0 or max(reference) <= 0:
+        raise ConfigError(f"expected alpha and a reference (height, width) above 0, got {alpha} and {tuple(reference)}")
+    counted = torch.ones(len(made), dtype=torch.bool) if visible is None else torch.as_tensor(visible, dtype=torch.bool)
+    if counted.shape != (len(made),):
+        raise ShapeError(f"expected visible of shape ({len(made)},), got {tuple(counted.shape)}")
+    # float64: a point exactly at the threshold must not fall to either side by rounding.
+    distance = (made.double() - wanted.double()).norm(dim=1)[counted]
+    return float((distance <= alpha * max(reference)).double().mean())
