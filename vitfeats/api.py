@@ -206,7 +206,8 @@ def _network(
 def _row(name: str) -> tuple[ModelCard, Loader]:
     if name not in _rows:
         raise UnknownModelError(
-            f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. {nearest_names(name, _rows)}"
+            f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. "
+            f"{nearest_names(name, _rows)}"
         )
     return _rows[name]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.errors import ShapeError, StoreError, TapError, VitFeatsError
+from vitfeats.errors import ShapeError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.taps import Tap
 

@@ -32,15 +32,11 @@ class ShapeError(VitFeatsError, ValueError):
     """A size, stride, grid or array shape that does not fit."""
 
 
-class _Lookup(VitFeatsError, LookupError):
-    """A name that was looked up and not found."""
-
-
-class UnknownModelError(_Lookup):
+class UnknownModelError(VitFeatsError, LookupError):
     """No model of that name; the message lists the nearest names."""
 
 
-class UnknownFacetError(_Lookup):
+class UnknownFacetError(VitFeatsError, LookupError):
     """No facet of that name, or the model has no such facet; the message lists the nearest names."""
 
 

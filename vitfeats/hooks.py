@@ -46,7 +46,7 @@ class Substitute:
     change: Callable[..., tuple[Any, ...]]
 
 
-class _Stop(BaseException):  # noqa: N818 - a signal, not an error; BaseException, so that no model's `except` eats it
+class _Stop(BaseException):  # not an Exception: no model's `except` may eat it
     """Ends a forward pass after the last probe. Never leaves :func:`capture`."""
 
 
@@ -230,8 +230,8 @@ def _is_offloaded(model: nn.Module) -> bool:
 def _never_fired(probe: Probe) -> str:
     if probe.where == "attention":
         return (
-            f"expected one call of scaled_dot_product_attention inside '{probe.path}', got none; switch fused attention "
-            "on (unset TIMM_FUSED_ATTN=0, or load with attn_implementation='sdpa')"
+            f"expected one call of scaled_dot_product_attention inside '{probe.path}', got none; switch fused "
+            "attention on (unset TIMM_FUSED_ATTN=0, or load with attn_implementation='sdpa')"
         )
     return (
         f"expected '{probe.path}' to run in the forward pass, but it never did; the model may go around the module "

@@ -1,4 +1,4 @@
-"""Losses made from descriptors, after Tumanyan et al., Splicing ViT Features for Semantic Appearance Transfer, CVPR 2022.
+"""Losses made from descriptors, after Tumanyan et al., Splicing ViT Features, CVPR 2022.
 
 Each is a pure function of two descriptors, and means over elements, as the published code does (the paper writes
 un-squared norms: ``reduction="norm"``). Gradients flow into whatever required them; targets need none.
@@ -69,7 +69,8 @@ def appearance_loss(out: Descriptor, target: Descriptor, *, reduction: Reduction
         raise ConfigError(
             f"expected one model and layer, got {out.tap} of {out.model} and {target.tap} of {target.model}"
         )
-    assert out.cls is not None and target.cls is not None
+    assert out.cls is not None
+    assert target.cls is not None
     if out.cls.shape != target.cls.shape:
         raise ShapeError(f"expected as many images in both, got {len(out)} and {len(target)}")
     squared = (out.cls - target.cls).square().sum(1)

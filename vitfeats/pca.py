@@ -222,7 +222,8 @@ def _salient(group: list[Descriptor], attention: list[Descriptor]) -> list[Bool[
     for d, looks in zip(group, attention, strict=True):
         if (len(looks), looks.grid) != (len(d), d.grid):
             raise ShapeError(
-                f"expected attention on the same images and grid, got {len(looks)} of {looks.grid} for {len(d)} of {d.grid}"
+                f"expected attention on the same images and grid, "
+                f"got {len(looks)} of {looks.grid} for {len(d)} of {d.grid}"
             )
         salient = saliency(looks)
         masks.append(salient > salient.mean((1, 2), keepdim=True))

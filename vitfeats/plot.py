@@ -143,7 +143,8 @@ def _picture(image: ImageLike) -> Image.Image:
 
 
 def _pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-    return [_picture(image) for image in (images if isinstance(images, list | tuple) else [images])]
+    listed: Any = images if isinstance(images, list | tuple) else [images]
+    return [_picture(image) for image in listed]
 
 
 def _singles(descriptors: Descriptor | Sequence[Descriptor]) -> list[Descriptor]:

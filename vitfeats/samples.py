@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -56,8 +57,9 @@ def grace_hopper() -> Image.Image:
     """Return a portrait of Grace Hopper, 512×600 (width × height)."""
     from matplotlib import cbook
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        return Image.open(file).convert("RGB")
+    file: Any = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    with Image.open(file) as image:
+        return image.convert("RGB")
 
 
 def portrait_pair() -> tuple[Image.Image, Image.Image]:
@@ -110,7 +112,7 @@ def stereo_pair() -> tuple[Image.Image, Image.Image, Float[np.ndarray, "500 741"
 
 
 def load(name: str) -> list[Image.Image]:
-    """Return the images of a named sample: ``portraits``, ``stereo``, ``textures``, ``cat``, ``coffee``, …
+    """Return the images of a sample by its name, one of :data:`NAMES`.
 
     Raises:
         ConfigError: If there is no such sample.

@@ -69,7 +69,8 @@ class Tap:
         """
         if not isinstance(self.layer, int) or not -depth <= self.layer < depth:
             raise TapError(
-                f"expected a layer from 0 to {depth - 1} (or {-depth} to -1, from the end), got {self.layer!r} in '{self}'"
+                f"expected a layer from 0 to {depth - 1} (or {-depth} to -1, from the end), "
+                f"got {self.layer!r} in '{self}'"
             )
         return replace(self, layer=self.layer % depth)
 

@@ -171,7 +171,8 @@ def load_transformers(source: str, checkpoint: str | None = None) -> tuple[nn.Mo
         kind = _TOWER_OF.get(config.model_type, config.model_type)
         if kind not in _TRANSFORMERS:
             raise ConfigError(
-                f"expected a vision transformer of {', '.join(sorted(_TRANSFORMERS))}, got '{config.model_type}' at '{source}'"
+                f"expected a vision transformer of {', '.join(sorted(_TRANSFORMERS))}, "
+                f"got '{config.model_type}' at '{source}'"
             )
         cls = getattr(transformers, _TRANSFORMERS[kind][0])
         extra = {"add_pooling_layer": False} if kind == "vit" else {}

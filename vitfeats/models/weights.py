@@ -74,8 +74,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsUnavailableError(
-            f"refused to read '{file}': it is damaged, or holds more than tensors and would run code when loaded; if you "
-            "trust where it is from, convert it to safetensors"
+            f"refused to read '{file}': it is damaged, or holds more than tensors and would run code when loaded; if "
+            "you trust where it is from, convert it to safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise WeightsUnavailableError(
