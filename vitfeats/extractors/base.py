@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -119,7 +119,7 @@ class Extractor(ABC):
         asked = self._resolve_all(taps)
         return self._each(iter(images), asked, not _is_several(taps), batch_size)
 
-    def resized(self, *, size: int | Size | None = None, stride: int | None = None) -> Self:
+    def resized(self, *, size: int | Size | None = None, stride: int | None = None) -> "Extractor":
         """Return an extractor of the same network (shared, not copied) at another size or stride.
 
         Args:

@@ -266,7 +266,7 @@ def _timm_facts(network: Any) -> dict[str, Any]:
     fixed = not getattr(network, "dynamic_img_size", True)
     size = network.patch_embed.img_size if fixed else min(config.get("input_size", (3, 224, 224))[1:])
     tag = str(config.get("tag") or "")
-    rule = "dino" if tag == "dino" else "dinov2" if tag == "lvd142m" and network.num_prefix_tokens == 1 else "timm"
+    released = {"dino": "dino", "lvd142m": "dinov2" if network.num_prefix_tokens == 1 else "dinov2_reg"}
     return {
         "family": type(network).__name__,
         "source": f"timm:{config.get('architecture') or type(network).__name__}",
@@ -279,7 +279,7 @@ def _timm_facts(network: Any) -> dict[str, Any]:
         "default_size": tuple(size) if fixed else size,
         "mean": tuple(config.get("mean", IMAGENET_MEAN)),
         "std": tuple(config.get("std", IMAGENET_STD)),
-        "position_rule": None if getattr(network, "pos_embed", None) is None else rule,
+        "position_rule": None if getattr(network, "pos_embed", None) is None else released.get(tag, "timm"),
         "licence": str(config.get("license") or "unknown"),
     }
 

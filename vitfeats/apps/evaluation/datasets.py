@@ -72,7 +72,8 @@ class StereoPair:
 class WarpedImages(Sequence[Pair]):
     """Photographs and their random homographies, with colours changed.
 
-    Rotation up to ±45°, scale 0.6 to 1.5, shift up to 25 % of each side, a gain of 0.7 to 1.3 for each colour. The same seed gives the same warps, whichever of them are asked for and in whatever order. A warp that leaves more
+    Rotation up to ±45°, scale 0.6 to 1.5, shift up to 25 % of each side, a gain of 0.7 to 1.3 for each colour.
+    The same seed gives the same warps, whichever of them are asked for and in whatever order. A warp that leaves more
     than a tenth of its points within 0.1·max(height, width) of where they were is drawn again, so that answering "the
     same place" cannot score above 0.10 at PCK@0.1.
 

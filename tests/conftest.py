@@ -1,0 +1,41 @@
+"""Settings and fixtures that every test shares."""
+
+import os
+
+# One torch thread in each of pytest's two processes: more would only fight.
+os.environ["OMP_NUM_THREADS"] = "1"
+# No test may reach for the network; those of the look for it switch this off for themselves.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator  # noqa: E402
+
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import vitfeats as vf  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini() -> vf.Extractor:
+    """The bundled model at a small size."""
+    return vf.load_extractor("mini", size=112, device="cpu")
+
+
+@pytest.fixture
+def photo() -> torch.Tensor:
+    """A smooth image, 70 × 100, so that resampling does not drown a test in noise."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, 70), torch.linspace(0, 5, 100), indexing="ij")
+    return torch.stack([x.sin() * y.cos(), (x * y).sin(), (x - y).cos()]) * 0.5 + 0.5
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """Switch the runtime type checks of the test run off: a user has none, and meets the message behind them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
