@@ -185,7 +185,16 @@ def test_no_hook_is_left_after_a_thousand_failures_at_random_places():
 def test_eight_threads_get_the_serial_bits():
     extractor = vf.load_extractor("mini", size=64, device="cpu")
     images = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    taps = [["key@11"], ["key@2", "token@5"], ["attention@4"], ["cls@11"], ["value@0"], ["out@7"], ["query@9"], ["key@3"]]
+    taps = [
+        ["key@11"],
+        ["key@2", "token@5"],
+        ["attention@4"],
+        ["cls@11"],
+        ["value@0"],
+        ["out@7"],
+        ["query@9"],
+        ["key@3"],
+    ]
     serial = [extractor(image, tap) for image, tap in zip(images, taps, strict=True)]
     failures: list[BaseException] = []
 

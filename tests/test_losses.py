@@ -10,7 +10,9 @@ from vitfeats.grid import Frame, PatchGrid
 from vitfeats.taps import Tap
 
 
-def _descriptor(features: torch.Tensor, tap: str = "key@11", cls: torch.Tensor | None = None, model: str = "m") -> vf.Descriptor:
+def _descriptor(
+    features: torch.Tensor, tap: str = "key@11", cls: torch.Tensor | None = None, model: str = "m"
+) -> vf.Descriptor:
     batch, tokens, _ = features.shape
     grid = PatchGrid(1, tokens, 8, 8)
     frames = tuple(Frame(grid.network_size, grid.network_size) for _ in range(batch))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vitfeats.errors import ShapeError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.taps import Tap
 
-Points = Tensor | np.ndarray | Sequence[Sequence[float]]
+Points = Tensor | np.ndarray | Sequence[Sequence[float | int]]
 """(n, 2) points, (x, y) in source pixels: a tensor, an array, or plain pairs."""
 
 _FORMAT = "vitfeats.descriptor/1"
@@ -142,9 +143,13 @@ class Descriptor:
             position = self.grid.positions_of(frame.to_network(where))
             # grid_sample with align_corners=False: −1 and 1 are the outer edges of the outermost cells.
             samples.append((position + 0.5) / where.new_tensor([cols, rows]) * 2 - 1)
-        grid = torch.stack(samples)[:, None].to(self.dtype)  # (batch, 1, n, 2)
-        values = F.grid_sample(self.map, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return values[:, :, 0].transpose(1, 2)
+        # At least float32: positions in half precision would be off by a good part of a token.
+        precision = torch.promote_types(self.dtype, torch.float32)
+        grid = torch.stack(samples)[:, None].to(precision)  # (batch, 1, n, 2)
+        values = F.grid_sample(
+            self.map.to(precision), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        return values[:, :, 0].transpose(1, 2).to(self.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> "Descriptor":
         """Return it on another device or in another floating type; takes what ``Tensor.to`` takes."""
@@ -215,7 +220,7 @@ class Descriptor:
                 tensors.get("registers"),
                 json.loads(facts["heads"]),
             )
-        except (KeyError, TypeError, ValueError, VitFeatsError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, VitFeatsError) as error:
             raise StoreError(f"expected a whole descriptor in '{os.fspath(path)}', got: {error}") from error
 
     def _mapped(self, change: Any) -> "Descriptor":
@@ -297,7 +302,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         StoreError: If it cannot be written; nothing is left behind then.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = path.parent / f".{uuid4().hex}.tmp"  # without the name, which may be as long as names can be
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -305,8 +310,10 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(f"expected to write '{path}', but: {error}") from error
+    finally:
+        with suppress(OSError):  # gone after the replacement, and never there if its folder is none
+            temporary.unlink()
 
 
 def _tupled(value: Any) -> Any:

@@ -154,12 +154,9 @@ def fit_size(source: Size, size: int | Size, patch: int) -> Size:
     Raises:
         ShapeError: If the asked size is smaller than one patch.
     """
-    if isinstance(size, int):
-        scale = size / min(source)
-        wanted = (source[0] * scale, source[1] * scale)
-    else:
-        wanted = (float(size[0]), float(size[1]))
-    if round(min(wanted)) < patch:
+    # In whole numbers: in floats, half a patch is rounded up for one source size and down for another.
+    wanted, unit = ((size * source[0], size * source[1]), min(source)) if isinstance(size, int) else (size, 1)
+    if min(wanted) < patch * unit:
         raise ShapeError(f"expected a size of at least one patch ({patch} pixels), got {size}; try size={14 * patch}")
-    height, width = (int(side / patch + 0.5) * patch for side in wanted)
+    height, width = ((2 * side + patch * unit) // (2 * patch * unit) * patch for side in wanted)
     return height, width

@@ -65,7 +65,12 @@ def test_tokens_equal_timms_own_intermediates(family, photo):
         # At the size of the stored embedding the position rules agree, and so must the tokens.
         with torch.no_grad():
             result = model.forward_intermediates(
-                pixels, indices=[1], norm=norm, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=prefix > 0
+                pixels,
+                indices=[1],
+                norm=norm,
+                output_fmt="NLC",
+                intermediates_only=True,
+                return_prefix_tokens=prefix > 0,
             )[0]
         tokens = result[0] if prefix else result
         if norm and isinstance(model.norm, torch.nn.Identity):
@@ -167,7 +172,9 @@ def test_position_rules_inside_the_model_equal_naive_formulas(family, rule):
 def test_the_rules_are_not_all_one():
     stored = torch.randn(1, 16, 5)
     found = [_dino_positions(stored, 6, 3), _aligned("timm")(stored, 6, 3), _aligned("transformers")(stored, 6, 3)]
-    assert all(float((a - b).abs().max()) > 0.01 for a, b in [(found[0], found[1]), (found[0], found[2]), (found[1], found[2])])
+    assert all(
+        float((a - b).abs().max()) > 0.01 for a, b in [(found[0], found[1]), (found[0], found[2]), (found[1], found[2])]
+    )
 
 
 def test_the_native_grid_is_left_alone():

@@ -27,10 +27,15 @@ CARDS = (
 
 
 def load(card: ModelCard, checkpoint: str | None = None) -> nn.Module:
-    """Build ``mini`` (timm's ViT-Ti/16 for 7×7 patches) and load its weights, or those of ``checkpoint``."""
+    """Build ``mini`` and load its weights, or those of ``checkpoint``."""
     file = checkpoint or str(ASSETS / card.source.partition(":")[2])
-    model = timm.create_model(
-        "vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=112, dynamic_img_size=True
-    )
+    model = build()
     load_state(model, read_checkpoint(file), file)
     return model
+
+
+def build() -> nn.Module:
+    """Build the network of ``mini``, untrained: timm's ViT-Ti/16 with stored positions for 7×7 patches."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=112, dynamic_img_size=True
+    )

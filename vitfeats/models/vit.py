@@ -308,7 +308,7 @@ def _processor_facts(folder: Path) -> dict[str, Any]:
         return {}
     said = json.loads(file.read_text())
     names = {"mean": "image_mean", "std": "image_std"}
-    return {field: tuple(said[name]) for field, name in names.items() if name in said}
+    return {field: tuple(float(v) for v in said[name]) for field, name in names.items() if name in said}
 
 
 def _cached_facts(repository: str) -> dict[str, Any]:

@@ -1,0 +1,458 @@
+"""Names to extractors: catalogue, prefixes, folders, modules, checkpoints; and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+from families import build
+
+import vitfeats as vf
+from vitfeats import api
+from vitfeats.extractors.vit import Anatomy
+
+
+@pytest.fixture
+def catalogue(monkeypatch):
+    """A copy of the catalogue that a test may add to."""
+    monkeypatch.setattr(api, "_rows", dict(api._rows))
+
+
+@pytest.fixture(autouse=True)
+def default(monkeypatch):
+    monkeypatch.setattr(api, "_default", [])
+    monkeypatch.delenv("VITFEATS_MODEL", raising=False)
+
+
+def test_the_catalogue_is_true():
+    """Every row that names a timm architecture says what timm builds for it."""
+    for card in vf.list_models():
+        if not card.source.startswith("timm:") or "large" in card.source:
+            continue
+        name = card.source.removeprefix("timm:")
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+        found = api.vit.card_of(model, card.name)
+        assert (found.patch, found.depth, found.dim, found.heads) == (card.patch, card.depth, card.dim, card.heads), (
+            name
+        )
+        assert (found.prefix_tokens, found.has_cls) == (card.prefix_tokens, card.has_cls), name
+        assert (found.mean, found.std) == (card.mean, card.std), name
+        assert found.position_rule == card.position_rule, name
+        size = found.default_size
+        assert (size if isinstance(size, int) else min(size)) == card.default_size, name
+        assert timm.get_pretrained_cfg_value(name, "hf_hub_id"), f"timm publishes no weights for {name}"
+
+
+def test_list_models_by_pattern():
+    names = [card.name for card in vf.list_models("dino_*")]
+    assert names == ["dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"]
+    assert vf.list_models()[0].name == "mini"
+    assert vf.list_models("nothing*") == []
+
+
+def test_unknown_names_offer_the_nearest():
+    with pytest.raises(vf.UnknownModelError, match=r"got 'dino_vits9'. Did you mean 'dino_vits8' or 'dino_vits16'"):
+        vf.load_extractor("dino_vits9")
+    with pytest.raises(vf.UnknownModelError, match="of timm, got 'timm:vit_smal_patch16_224'. Did you mean 'vit_small"):
+        vf.load_extractor("timm:vit_smal_patch16_224")
+    with pytest.raises(vf.UnknownModelError, match="got 'nonesuch'"):
+        vf.set_default_model("nonesuch")
+
+
+def test_facets_and_layers_are_checked_before_any_work(mini):
+    with pytest.raises(vf.UnknownFacetError, match=r"expected a facet, got 'keys'. Did you mean 'key'"):
+        mini("no-such-file.jpg", "keys@3")
+    with pytest.raises(vf.TapError, match="a layer from 0 to 11"):
+        mini("no-such-file.jpg", "key@12")
+    with pytest.raises(vf.TapError, match="a tap written facet@layer"):
+        mini("no-such-file.jpg", "key")
+    with pytest.raises(vf.ConfigError, match="at least one tap"):
+        mini("no-such-file.jpg", [])
+    with pytest.raises(vf.ConfigError, match="batch_size of at least 1, got 0"):
+        mini.each([], "key@1", batch_size=0)
+
+
+def test_default_model_by_call_and_by_environment(monkeypatch):
+    assert api.default_model() == "mini"
+    monkeypatch.setenv("VITFEATS_MODEL", "dino_vits8")
+    assert api.default_model() == "dino_vits8"
+    vf.set_default_model("dino_vitb8")
+    assert api.default_model() == "dino_vitb8"
+    vf.set_default_model(None)
+    assert api.default_model() == "dino_vits8"
+
+
+def test_extract_keeps_a_few_extractors(monkeypatch):
+    monkeypatch.setattr(api, "_cache", type(api._cache)())
+    loaded = []
+    real = api.load_extractor
+    monkeypatch.setattr(api, "load_extractor", lambda **settings: loaded.append(settings["size"]) or real(**settings))
+    image = torch.rand(3, 64, 64)
+    for size in (32, 32, 48, 32):
+        vf.extract(image, size=size, device="cpu")
+    assert loaded == [32, 48]
+    for size in (64, 80, 96, 48):
+        vf.extract(image, size=size, device="cpu")
+    assert loaded == [32, 48, 64, 80, 96, 48], "the one used longest ago makes room"
+
+
+def test_register_a_model_of_your_own(catalogue, photo):
+    card = replace(vf.list_models("mini")[0], name="ours", source="module")
+    vf.register_model(card, lambda card, checkpoint: api.bundled.load(vf.list_models("mini")[0], checkpoint))
+    d = vf.load_extractor("ours", size=64, device="cpu")(photo)
+    assert d.model == "ours"
+    with pytest.raises(vf.ConfigError, match="a free name, but a model 'ours' is registered already"):
+        vf.register_model(card, lambda *_: torch.nn.Identity())
+
+
+def test_a_module_is_left_as_it_is(photo):
+    model = build("timm-augreg").train().requires_grad_(True)
+    extractor = vf.load_extractor(model)
+    extractor(photo, "key@1")
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert extractor.model is model
+
+
+def test_a_model_we_load_is_frozen(mini):
+    assert not mini.model.training
+    assert not any(parameter.requires_grad for parameter in mini.model.parameters())
+
+
+def test_batch_statistics_are_refused():
+    model = build("timm-augreg")
+    model.norm = torch.nn.BatchNorm1d(48)
+    model.train()
+    with pytest.raises(vf.ConfigError, match="'norm' is a BatchNorm1d in training mode; call model.eval"):
+        vf.load_extractor(model)
+
+
+def test_state_around_a_call_is_left_as_found(mini, photo):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    with torch.enable_grad():
+        mini(photo)
+        assert torch.is_grad_enabled()
+    with torch.no_grad():
+        mini(photo)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_module_of_fixed_size_says_so(photo):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, embed_dim=48, depth=1, num_heads=4).eval()
+    extractor = vf.load_extractor(model)
+    assert extractor(photo).grid.network_size == (224, 224), "its only size is its default"
+    with pytest.raises(
+        vf.ShapeError, match=r"\(224, 224\) .* got \(64, 96\) at stride 16; create it with dynamic_img_size"
+    ):
+        vf.load_extractor(model, size=(64, 96))(photo)
+    with pytest.raises(vf.ShapeError, match="at stride 8"):
+        vf.load_extractor(model, stride=8)(photo)
+
+
+class Own(torch.nn.Module):
+    """A vision transformer that nobody published: three blocks with their own names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 24, 8, 8)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"att": _OwnAttention(), "mlp": torch.nn.Linear(24, 24)}) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = x + layer["mlp"](layer["att"](x))
+        return x
+
+
+class _OwnAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 12)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _own_anatomy() -> Anatomy:
+    part = "layers.{}.att"
+    return Anatomy(
+        block="layers.{}.mlp",
+        attention=part,
+        query=f"{part}.to_q",
+        key=f"{part}.to_k",
+        value=f"{part}.to_v",
+        patch_projection="stem",
+    )
+
+
+def test_your_own_module_with_a_card_and_an_anatomy(photo):
+    card = vf.ModelCard("own", "ours", "module", patch=8, depth=3, dim=24, heads=2, prefix_tokens=0, has_cls=False)
+    model = Own().eval()
+    extractor = vf.load_extractor(model, card=card, anatomy=_own_anatomy(), size=(32, 48))
+    found = extractor(photo, ["key@1", "token@2", "out@0"])
+    assert found["key@1"].features.shape == (1, 24, 24)
+    assert extractor.attention(photo, 2).shape == (1, 2, 24, 24)
+    expected = model.layers[0]["att"].to_k(model.stem(extractor.preprocess(photo).pixels).flatten(2).transpose(1, 2))
+    assert torch.equal(extractor(photo, "key@0").features, expected)
+    assert extractor.resized(stride=4)(photo, "key@0").grid.tokens == 7 * 11
+
+
+def test_your_own_module_without_them():
+    with pytest.raises(vf.ConfigError, match=r"got Own; describe your own module with card=ModelCard"):
+        vf.load_extractor(Own())
+    card = vf.ModelCard("own", "ours", "module", patch=8, depth=3, dim=24, heads=2)
+    with pytest.raises(vf.ConfigError, match=r"got Own: it has neither `blocks` and `patch_embed` .* anatomy=Anatomy"):
+        vf.load_extractor(Own(), card=card)
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(vf.ConfigError, match=r"card= and anatomy= with your own module, got them with the name 'mini'"):
+        vf.load_extractor("mini", card=vf.list_models("mini")[0])
+    with pytest.raises(vf.ConfigError, match="checkpoint= with a model's name, got it with a module"):
+        vf.load_extractor(build("timm-augreg"), checkpoint="x.pth")
+    with pytest.raises(vf.ConfigError, match="a module that is on its device already, got device='cpu'"):
+        vf.load_extractor(build("timm-augreg"), device="cpu")
+    with pytest.raises(vf.ConfigError, match="dtype 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"):
+        vf.load_extractor("mini", dtype="int8")
+    with pytest.raises(vf.ConfigError, match="norm_qk=True with rope='post'"):
+        model = build("timm-qk-norm")
+        vf.load_extractor(model, card=replace(vf.load_extractor(model).card, name="x"), rope="post", anatomy=_rotary())
+    with pytest.raises(
+        vf.ShapeError, match=r"a stride that divides the patch size 16, got 5; try one of \[1, 2, 4, 8, 16\]"
+    ):
+        vf.load_extractor("mini", stride=5)
+    with pytest.raises(vf.ShapeError, match=r"a size of at least one patch \(16 pixels\), got 8"):
+        vf.load_extractor("mini", size=8)
+
+
+def _rotary() -> Anatomy:
+    return replace(vf.load_extractor(build("timm-qk-norm")).anatomy, rotary=True)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_rope_that_does_not_exist():
+    with pytest.raises(vf.ConfigError, match="rope 'pre' or 'post', got 'after'"):
+        vf.load_extractor("mini", rope="after")
+
+
+def test_norm_needs_a_norm(photo):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, embed_dim=48, depth=1, num_heads=4, global_pool="avg"
+    )
+    with pytest.raises(
+        vf.ConfigError, match="a final norm over its tokens for norm=True, but VisionTransformer has none"
+    ):
+        vf.load_extractor(model.eval(), norm=True)
+
+
+def test_a_device_that_is_not_there():
+    missing = "cuda:63"
+    with pytest.raises(vf.ConfigError, match=f"a device of this machine, got '{missing}': .*; try 'cpu'"):
+        vf.load_extractor("mini", device=missing)
+
+
+def test_mixed_grids_in_one_call(mini):
+    with pytest.raises(vf.ShapeError, match=r"got \(112, 112\) and \(112, 224\) .* size=\(h, w\) .* or use ex.each"):
+        mini([torch.rand(3, 50, 50), torch.rand(3, 50, 100)])
+
+
+def test_folder_written_by_transformers(tmp_path, photo):
+    model = build("hf-dinov2-reg")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    loaded = vf.load_extractor(str(tmp_path), size=64, device="cpu")
+    assert loaded.card.mean == (0.1, 0.2, 0.3)
+    same = vf.load_extractor(model, size=64, card=loaded.card)
+    assert torch.equal(loaded(photo, "key@1").features, same(photo, "key@1").features)
+
+
+def test_clip_folder_gives_the_vision_tower(tmp_path, photo):
+    vision = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    vision |= {"image_size": 64, "patch_size": 16}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text)).eval()
+    whole.save_pretrained(tmp_path)
+    d = vf.load_extractor(str(tmp_path), size=64, device="cpu")(photo, "key@1")
+    assert d.dim == 48
+
+
+def test_folder_written_by_timm(tmp_path, photo):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64, depth=2).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args={"img_size": 64, "depth": 2})
+    loaded = vf.load_extractor(str(tmp_path), size=64, device="cpu")
+    same = vf.load_extractor(model)
+    torch.testing.assert_close(loaded(photo, "key@1").features, same(photo, "key@1").features) if same(
+        photo
+    ).grid == loaded(photo).grid else None
+    assert loaded.card.depth == 2
+
+
+def test_folder_without_a_config(tmp_path):
+    with pytest.raises(vf.WeightsUnavailableError, match="has no config.json"):
+        vf.load_extractor(str(tmp_path))
+
+
+def test_folder_of_something_else(tmp_path):
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(vf.ConfigError, match="a vision transformer of .*, got 'bert'"):
+        vf.load_extractor(str(tmp_path))
+
+
+def test_checkpoints_of_both_kinds_load(tmp_path, photo):
+    model = timm.create_model("vit_small_patch8_224.dino", pretrained=False, num_classes=0).eval()
+    state = model.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "b.pth")
+    found = [
+        vf.load_extractor("dino_vits8", checkpoint=tmp_path / name, size=32, device="cpu")(photo, "key@11").features
+        for name in ("a.safetensors", "a.pth", "b.pth")
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_dinov2_checkpoint_in_its_own_layout(tmp_path, photo):
+    """facebookresearch/dinov2 names its registers `register_tokens` and carries a mask token."""
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False, num_classes=0).eval()
+    state = dict(model.state_dict())
+    state["register_tokens"] = state.pop("reg_token")
+    state["cls_token"] = state["cls_token"]
+    state["mask_token"] = torch.zeros(1, 384)
+    # There the position embedding has an entry for CLS; timm folds it into the token.
+    state["pos_embed"] = torch.cat([torch.full((1, 1, 384), 0.25), state["pos_embed"]], 1)
+    torch.save(state, tmp_path / "dinov2.pth")
+    loaded = vf.load_extractor("dinov2_vits14_reg", checkpoint=tmp_path / "dinov2.pth", size=56, device="cpu")
+    torch.testing.assert_close(loaded.model.cls_token, model.cls_token + 0.25)
+    assert torch.equal(loaded.model.reg_token, model.reg_token)
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    small = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0)
+    torch.save(small.state_dict(), tmp_path / "tiny.pth")
+    with pytest.raises(vf.ConfigError, match=r"of another shape \(.*192.* instead of .*384.*is it of the same model"):
+        vf.load_extractor("dino_vits16", checkpoint=tmp_path / "tiny.pth", device="cpu")
+    torch.save({"strange": torch.zeros(2)}, tmp_path / "strange.pth")
+    with pytest.raises(vf.ConfigError, match=r"missing \(cls_token.*1 unexpected \(strange\)"):
+        vf.load_extractor("mini", checkpoint=tmp_path / "strange.pth", device="cpu")
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
+    import os
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(vf.WeightsUnavailableError, match=r"refused to read .* would run code when loaded"):
+        vf.load_extractor("mini", checkpoint=tmp_path / "evil.pth", device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_and_missing_weight_files(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"not weights at all")
+    (tmp_path / "bad.pth").write_bytes(b"not weights at all")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("bad.safetensors", "bad.pth", "empty.pth"):
+        with pytest.raises(vf.WeightsUnavailableError, match="damaged"):
+            vf.load_extractor("mini", checkpoint=tmp_path / name, device="cpu")
+    with pytest.raises(vf.WeightsUnavailableError, match="but there is none; pass checkpoint="):
+        vf.load_extractor("mini", checkpoint=tmp_path / "absent.pth", device="cpu")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(vf.WeightsUnavailableError, match="a state dict in .*, got list without tensors"):
+        vf.load_extractor("mini", checkpoint=tmp_path / "list.pth", device="cpu")
+
+
+_ASK = """
+import sys, time, torch, huggingface_hub
+import vitfeats as vf
+vf.load_extractor
+start = time.monotonic()
+try:
+    vf.load_extractor(sys.argv[1])
+except vf.WeightsUnavailableError as error:
+    print(round(time.monotonic() - start, 2), error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "why"),
+    [
+        ("dino_vits8", {"HF_HUB_OFFLINE": "1"}, "switched off"),
+        # An address that swallows every packet (RFC 5737): nothing answers, nothing refuses.
+        ("dino_vits8", {"HF_ENDPOINT": "http://192.0.2.1"}, "192.0.2.1 does not answer"),
+        ("hf:facebook/dinov2-small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1 does not answer"),
+        (
+            "dino_vits8",
+            {"HF_ENDPOINT": "https://example.com", "HTTPS_PROXY": "http://127.0.0.1:9"},
+            "127.0.0.1 does not",
+        ),
+    ],
+)
+def test_weights_out_of_reach_end_in_one_clear_error(name, environment, why, tmp_path):
+    import os
+
+    clean = {k: v for k, v in os.environ.items() if "PROXY" not in k.upper() and not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK, name],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**clean, "HF_HUB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", **environment},
+    )
+    seconds, message = done.stdout.split(" ", 1)
+    assert why in message
+    assert f"weights of '{name}'" in message
+    assert str(tmp_path) in message
+    assert "checkpoint='FILE'" in message
+    assert "'mini'" in message
+    print(f"{name} {environment}: {seconds} s")
+
+
+def test_a_host_that_never_answers_is_given_up(monkeypatch):
+    """The look is bounded even where looking up the name hangs: without the bound this test would not end."""
+    import threading
+
+    from vitfeats.models import weights
+
+    never = threading.Event()
+    monkeypatch.setattr(weights.socket, "create_connection", lambda *_, **__: never.wait())
+    assert not weights._answers("hub.example", 443)
+    never.set()
+
+
+def test_cached_weights_are_found_without_a_network(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    from vitfeats.models import weights
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+    monkeypatch.setattr(weights, "_answers", lambda *_: pytest.fail("asked the network"))
+    weights.require_weights("dino_vits8", "timm/vit_small_patch8_224.dino")
+
+
+def test_a_hub_that_answers_is_left_to_download(monkeypatch):
+    import socket
+
+    from vitfeats.models import weights
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        weights.require_weights("dino_vits8", "timm/vit_small_patch8_224.dino")
