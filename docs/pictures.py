@@ -40,10 +40,9 @@ def matches(extractor: vf.Extractor) -> Image.Image:
 
 
 def saliency(extractor: vf.Extractor) -> Image.Image:
-    """Draw what CLS of the last block attends to in two portraits."""
-    portraits = vf.samples.portrait_pair()
-    square = extractor.resized(size=(448, 448))
-    return vf.plot.saliency(portraits, square(portraits, "attention@11"))
+    """Draw what CLS attends to, at the size that ``mini`` was trained at."""
+    cat = vf.samples.cat()
+    return vf.plot.saliency(cat, extractor.resized(size=112, stride=4)(cat, "attention@11"))
 
 
 def save(picture: Image.Image, path: Path) -> int:

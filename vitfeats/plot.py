@@ -73,6 +73,8 @@ def similarity(
     """
     asked = as_points(points, torch.zeros(1))
     a, b = _picture(image_a), _picture(image_b)
+    if not len(asked):
+        raise ShapeError("expected at least one point, got none")
     if len(asked) != len(maps):
         raise ShapeError(f"expected one map a point, got {len(maps)} maps for {len(asked)} points")
     figure, axes = _panels(2, len(asked), [a.size] * len(asked), [b.size] * len(asked))

@@ -184,7 +184,15 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _from_pil(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    array = np.asarray(image.convert("RGB"))
+    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255 without a word
+        raise ImageError(
+            f"expected a picture of 8 bits a channel, got Pillow's mode {image.mode!r}; pass an array (height, width, 3) "
+            "of floats in 0..1 instead"
+        )
+    try:
+        array = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reads lazily: the file may break off only here
+        raise ImageError(f"expected a whole image, but the PIL image breaks off or is damaged: {error}") from error
     return _checked(array.transpose(2, 0, 1))
 
 
@@ -205,8 +213,17 @@ def _channels_message(expected: str, shape: tuple[int, ...], axis: int) -> str:
     return message
 
 
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise ImageError(
+            f"expected uint8 in 0..255 or floats in 0..1, got {pixels.dtype}; convert the image"
+        ) from error
+
+
 def _checked(pixels: np.ndarray | Tensor) -> Float[Tensor, "3 height width"]:
-    tensor = torch.from_numpy(np.array(pixels, order="C")) if isinstance(pixels, np.ndarray) else pixels
+    tensor = _as_tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
     if min(tensor.shape[1:]) < 1:
         raise ImageError(f"expected an image of at least 1×1 pixel, got shape {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -68,7 +69,8 @@ def similarity_blocks(
 
 def unit(features: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
     """Divide vectors by their length; zero vectors stay zero."""
-    return F.normalize(features, dim=-1)
+    # The floor must not itself be zero in the features' own precision: 0/0 is NaN.
+    return F.normalize(features, dim=-1, eps=max(1e-12, torch.finfo(features.dtype).tiny))
 
 
 def check_comparable(a: Descriptor, b: Descriptor) -> None:

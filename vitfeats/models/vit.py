@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,10 @@ def load_transformers(source: str, checkpoint: str | None = None) -> tuple[nn.Mo
         cls = getattr(transformers, _TRANSFORMERS[kind][0])
         extra = {"add_pooling_layer": False} if kind == "vit" else {}
         network = cls.from_pretrained(source, **extra)
-    except OSError as error:
-        raise unavailable(f"hf:{source}", source, str(error).splitlines()[0]) from error
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise unavailable(f"hf:{source}", source, f"they cannot be loaded ({str(error).splitlines()[0]})") from error
     if checkpoint is not None:
         load_state(network, read_checkpoint(checkpoint), checkpoint)
     name = source if folder else f"hf:{source}"
@@ -198,7 +201,8 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
         )
     if "architecture" not in json.loads(config.read_text()):
         return load_transformers(path, checkpoint)
-    network = _timm_network(path, f"local-dir:{path}", checkpoint)
+    network = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=0, **_any_size(path))
+    _load_any(network, checkpoint or _weight_file(Path(path)))
     return network, card_of(network, path)
 
 
@@ -227,11 +231,8 @@ def card_of(network: nn.Module, name: str, facts: dict[str, Any] | None = None) 
 
 
 def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": 0}
-    architecture = name if name.startswith("local-dir:") else name.partition(".")[0]
-    if "dinov3" not in architecture:  # those take any size as they are, and do not know the option
-        options["dynamic_img_size"] = True
-    if checkpoint is None and not name.startswith("local-dir:"):
+    options: dict[str, Any] = {"num_classes": 0, **_any_size(name)}
+    if checkpoint is None:
         repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
         if repository is None:
             raise WeightsUnavailableError(
@@ -242,10 +243,28 @@ def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
             return timm.create_model(name, pretrained=True, **options)
         except OSError as error:
             raise unavailable(asked, repository, str(error).splitlines()[0]) from error
-    network = timm.create_model(name, pretrained=checkpoint is None, **options)
-    if checkpoint is not None:
-        _load_any(network, checkpoint)
+    network = timm.create_model(name, pretrained=False, **options)
+    _load_any(network, checkpoint)
     return network
+
+
+def _any_size(name: str) -> dict[str, bool]:
+    # DINOv3 takes any size as it is, and does not know the option.
+    return {} if "dinov3" in _architecture(name) else {"dynamic_img_size": True}
+
+
+def _architecture(name: str) -> str:
+    config = Path(name) / "config.json"
+    return json.loads(config.read_text())["architecture"] if config.is_file() else name.partition(".")[0]
+
+
+def _weight_file(folder: Path) -> str:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise WeightsUnavailableError(
+        f"expected model.safetensors or pytorch_model.bin in '{folder}', got neither; pass checkpoint='FILE'"
+    )
 
 
 def _load_any(network: nn.Module, checkpoint: str) -> None:

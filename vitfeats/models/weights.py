@@ -50,7 +50,7 @@ def unavailable(model: str, repository: str, why: str) -> WeightsUnavailableErro
     from huggingface_hub import constants
 
     return WeightsUnavailableError(
-        f"expected the weights of '{model}' ({repository}), but they are not in the cache {constants.HF_HUB_CACHE} and "
+        f"expected the weights of '{model}' ({repository}), looked for in the cache {constants.HF_HUB_CACHE}, but "
         f"{why}; pass checkpoint='FILE' if you have them elsewhere, or use the bundled model 'mini', which needs no "
         "download"
     )

@@ -1,0 +1,150 @@
+"""Plots: pictures of a sane size that show what they are given, without pyplot."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic import describe, random_descriptor
+
+from vitfeats import plot
+from vitfeats.errors import ShapeError, UnknownFacetError
+from vitfeats.matching import match_mutual, match_nearest
+from vitfeats.pca import PCA
+from vitfeats.similarity import similarity_map
+
+WIDE, TALL = torch.rand(3, 30, 60), torch.rand(3, 64, 24)
+A = random_descriptor(0, rows=3, cols=6, source=(30, 60))
+B = random_descriptor(1, rows=8, cols=3, source=(64, 24))
+LOOKS = describe(torch.rand(1, 18, 2), 3, 6, source=(30, 60), tap="attention@1")
+
+
+def check(picture) -> np.ndarray:
+    assert isinstance(picture, Image.Image)
+    assert picture.mode == "RGB"
+    assert 100 <= picture.width <= 4000
+    assert 100 <= picture.height <= 4000
+    pixels = np.asarray(picture)
+    assert pixels.std() > 5  # something was drawn
+    return pixels
+
+
+def test_pca_of_one_and_of_several_images():
+    one = plot.pca(WIDE, A)
+    check(one)
+    assert one.width / one.height == pytest.approx(60 / (2 * 30), rel=0.1)  # the image above its colours
+    two = plot.pca([WIDE, TALL], [A, B])
+    check(two)
+    check(plot.pca([WIDE, WIDE], describe(A.features.repeat(2, 1, 1), 3, 6, source=(30, 60))))
+
+
+def test_pca_uses_the_fitted_one_given():
+    first = np.asarray(plot.pca(WIDE, A))
+    assert np.array_equal(first, np.asarray(plot.pca(WIDE, A, fitted=PCA(3).fit(A))))
+    assert not np.array_equal(first, np.asarray(plot.pca(WIDE, A, fitted=PCA(3).fit([A, B]))))
+
+
+def test_similarity_of_several_points():
+    points = [(10.0, 10.0), (50.0, 25.0), (59.0, 1.0)]
+    check(plot.similarity(WIDE, points, TALL, similarity_map(A, points, B)))
+    check(plot.similarity(WIDE, points[:1], WIDE, similarity_map(A, points[:1], A)))
+
+
+def test_matches_are_drawn_and_unmatched_rows_left_out():
+    only, kept = match_mutual(A, B), match_mutual(A, B, keep_unmatched=True)
+    assert 0 < len(only) < len(kept)
+    drawn = check(plot.matches(WIDE, TALL, only))
+    assert np.array_equal(drawn, np.asarray(plot.matches(WIDE, TALL, kept)))
+
+
+def test_at_most_so_many_matches_are_drawn():
+    found = match_nearest(A, B)
+    none = np.asarray(plot.matches(WIDE, TALL, found, most=0))
+    one, five, all_ = (np.asarray(plot.matches(WIDE, TALL, found, most=most)) for most in (1, 5, 1000))
+    changed = [(picture != none).any(2).sum() for picture in (one, five, all_)]
+    assert 0 < changed[0] < changed[1] < changed[2]
+    assert np.array_equal(all_, np.asarray(plot.matches(WIDE, TALL, found, most=18)))
+    # The draw is the seed's.
+    assert np.array_equal(five, np.asarray(plot.matches(WIDE, TALL, found, most=5)))
+    assert any((five != np.asarray(plot.matches(WIDE, TALL, found, most=5, seed=seed))).any() for seed in (1, 2))
+    # No matches at all are a picture of the two images.
+    assert np.array_equal(none, np.asarray(plot.matches(WIDE, TALL, found[:0])))
+
+
+def test_saliency():
+    check(plot.saliency(WIDE, LOOKS))
+    assert not np.array_equal(
+        np.asarray(plot.saliency(WIDE, LOOKS, heads=(0,))), np.asarray(plot.saliency(WIDE, LOOKS, heads=(1,)))
+    )
+
+
+def test_images_come_in_every_way(tmp_path):
+    pixels = (WIDE * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    path = tmp_path / "wide.png"
+    Image.fromarray(pixels).save(path)
+    drawn = [np.asarray(plot.pca(image, A)) for image in (path, str(path), Image.fromarray(pixels), pixels)]
+    assert all(np.array_equal(drawn[0], other) for other in drawn)
+
+
+def test_descriptors_with_a_graph_can_be_drawn():
+    d = describe(A.features.clone().requires_grad_(), 3, 6, source=(30, 60))
+    points = [(10.0, 10.0)]
+    check(plot.pca(WIDE, d))
+    check(plot.similarity(WIDE, points, WIDE, similarity_map(d, points, d)))
+    looks = describe(LOOKS.features.clone().requires_grad_(), 3, 6, source=(30, 60), tap="attention@1")
+    check(plot.saliency(WIDE, looks))
+
+
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20)])
+def test_long_images_have_pictures_too(shape):
+    image = torch.rand(3, *shape)
+    rows, cols = (2, 30) if shape[0] < shape[1] else (30, 2)
+    d = random_descriptor(0, rows=rows, cols=cols, source=shape)
+    for picture in (plot.pca(image, d), plot.matches(image, image, match_nearest(d, d))):
+        assert min(picture.size) >= 20
+        assert max(picture.size) <= 4000
+
+
+def test_numbers_that_do_not_agree_are_refused():
+    message = "expected one image a descriptor, got 2 images and 1 descriptors"
+    for draw in (lambda: plot.pca([WIDE, WIDE], A), lambda: plot.saliency([WIDE, WIDE], LOOKS)):
+        with pytest.raises(ShapeError, match=message):
+            draw()
+    with pytest.raises(ShapeError, match="expected one map a point, got 2 maps for 1 points"):
+        plot.similarity(WIDE, [(1.0, 1.0)], WIDE, torch.zeros(2, 3, 6))
+
+
+def test_nothing_to_draw_is_refused():
+    with pytest.raises(ShapeError, match="expected at least one point, got none"):
+        plot.similarity(WIDE, torch.zeros(0, 2), WIDE, torch.zeros(0, 3, 6))
+    with pytest.raises(ShapeError, match="expected at least one descriptor, got none"):
+        plot.pca([], [])
+
+
+def test_saliency_of_another_facet_is_refused():
+    with pytest.raises(UnknownFacetError, match="expected a descriptor of the facet 'attention', got 'key@1'"):
+        plot.saliency(WIDE, A)
+
+
+def test_pyplot_is_never_imported():
+    # It would choose a backend, and open windows on some machines.
+    code = """
+import sys, torch
+from vitfeats import plot
+from vitfeats.descriptor import Descriptor
+from vitfeats.grid import Frame, PatchGrid
+from vitfeats.matching import match_nearest
+from vitfeats.taps import Tap
+grid = PatchGrid(2, 3, 8, 8)
+make = lambda tap: Descriptor(torch.rand(1, 6, 4), grid, (Frame((16, 24), (16, 24)),), Tap.parse(tap), "m")
+image, d = torch.rand(3, 16, 24), make("key@1")
+plot.pca(image, d)
+plot.matches(image, image, match_nearest(d, d))
+plot.similarity(image, [(3.0, 4.0)], image, torch.rand(1, 2, 3))
+plot.saliency(image, make("attention@1"))
+print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "False"]
