@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -39,11 +40,11 @@ def main() -> None:
     ours = vf.load_extractor(model, device="auto")
     pixels = ours.preprocess(images).pixels
     for layer in (11, 5):
-        peer = _timm_peer(model, pixels, layer)
+        timm_peer = _timm_peer(model, pixels, layer)
         ratio(
             f"key@{layer} against timm forward_intermediates",
             lambda t=f"key@{layer}": ours(images, t),
-            peer,
+            timm_peer,
             options.runs,
             ceiling(layer),
         )
@@ -89,7 +90,8 @@ def ratio(
 ) -> None:
     """Run both in turns and print the median of the paired ratios peer/ours (ours/peer with ``invert``)."""
     for _ in range(3):
-        ours(), peer()
+        ours()
+        peer()
     mine, theirs = [], []
     for run in range(runs):
         for which in (0, 1) if run % 2 else (1, 0):  # neither always goes first
@@ -98,9 +100,8 @@ def ratio(
             (mine, theirs)[which].append(time.perf_counter() - start)
     pairs = [b / a for a, b in zip(mine, theirs, strict=True)]
     value = statistics.median([1 / p for p in pairs] if invert else pairs)
-    print(
-        f"{name:58} {value:6.3f} {ceiling:8.3f}  {1e3 * statistics.median(mine):8.1f}  {1e3 * statistics.median(theirs):8.1f}"
-    )
+    milliseconds = [1e3 * statistics.median(times) for times in (mine, theirs)]
+    print(f"{name:58} {value:6.3f} {ceiling:8.3f}  {milliseconds[0]:8.1f}  {milliseconds[1]:8.1f}")
 
 
 def ceiling(layer: int) -> float:
@@ -111,7 +112,7 @@ def ceiling(layer: int) -> float:
     return (embed + DEPTH * block) / (embed + layer * block + projections)
 
 
-def _timm_peer(model: torch.nn.Module, pixels: torch.Tensor, layer: int) -> Callable[[], object]:
+def _timm_peer(model: Any, pixels: torch.Tensor, layer: int) -> Callable[[], object]:
     def peer() -> object:
         with torch.no_grad():
             return model.forward_intermediates(pixels, indices=[layer], output_fmt="NLC", intermediates_only=True)

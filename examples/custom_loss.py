@@ -42,7 +42,9 @@ def painted(content: Tensor, layers: list[Tensor]) -> Tensor:
 def main(out: Path = Path("custom_loss.png")) -> Path:
     """Optimise the colours; write content, style and result side by side."""
     extractor = vf.load_extractor("mini", size=SIZE, stride=8, device="cpu")  # overlap: fewer seams at the patches
-    content, style = (load_image(image.resize(SIZE[::-1]))[None] for image in (vf.samples.cat(), vf.samples.flower()))
+    content, style = (
+        load_image(image.resize((SIZE[1], SIZE[0])))[None] for image in (vf.samples.cat(), vf.samples.flower())
+    )
     layout, colours = extractor(content, LAYOUT), extractor(style, SHALLOW)
 
     # Only smooth layers are learned, at a quarter to a 32nd of the size. Free pixels would become noise that pleases

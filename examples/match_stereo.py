@@ -13,7 +13,7 @@ from vitfeats.apps.evaluation import StereoPair
 def main(out: Path = Path("match_stereo.png")) -> Path:
     """Write a picture of 40 mutual matches, drawn at random; print how many of all are right."""
     pair = StereoPair()
-    extractor = vf.load_extractor("mini", size=448, stride=8, device="cpu")
+    extractor = vf.load_extractor("mini", size=336, stride=8, device="cpu")
     left, right = extractor(pair.left, "token@2"), extractor(pair.right, "token@2")
     found = vf.match_mutual(left, right)
 

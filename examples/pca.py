@@ -18,7 +18,7 @@ TAPS = ("token@2", "key@7", "key@11")
 def main(out: Path = Path("pca.png")) -> Path:
     """Write a picture with a pair of portraits for each tap."""
     portraits = vf.samples.portrait_pair()
-    extractor = vf.load_extractor("mini", size=448, stride=8, device="cpu")
+    extractor = vf.load_extractor("mini", size=336, stride=8, device="cpu")
     found = list(extractor.each(portraits, TAPS))  # the portraits differ in size: one Descriptors each
 
     pictures = []

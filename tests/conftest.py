@@ -7,13 +7,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # No test may reach for the network; those of the look for it switch this off for themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+from synthetic import as_users_run
 
-import vitfeats as vf  # noqa: E402
+import vitfeats as vf
 
 torch.set_num_threads(1)
 
@@ -33,9 +33,6 @@ def photo() -> torch.Tensor:
 
 @pytest.fixture
 def as_a_user() -> Iterator[None]:
-    """Switch the runtime type checks of the test run off: a user has none, and meets the message behind them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    """Run a whole test as users run, without the type checks of the test run."""
+    with as_users_run():
         yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)

@@ -225,8 +225,8 @@ def test_settings_that_contradict_each_other():
         vf.load_extractor(build("timm-augreg"), device="cpu")
     with pytest.raises(vf.ConfigError, match="dtype 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"):
         vf.load_extractor("mini", dtype="int8")
+    model = build("timm-qk-norm")
     with pytest.raises(vf.ConfigError, match="norm_qk=True with rope='post'"):
-        model = build("timm-qk-norm")
         vf.load_extractor(model, card=replace(vf.load_extractor(model).card, name="x"), rope="post", anatomy=_rotary())
     with pytest.raises(
         vf.ShapeError, match=r"a stride that divides the patch size 16, got 5; try one of \[1, 2, 4, 8, 16\]"
@@ -456,7 +456,12 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch):
     from vitfeats.models import weights
 
     never = threading.Event()
-    monkeypatch.setattr(weights.socket, "create_connection", lambda *_, **__: never.wait())
+
+    def hang(*_args, **_kwargs):
+        never.wait()
+        raise OSError
+
+    monkeypatch.setattr(weights.socket, "create_connection", hang)
     assert not weights._answers("hub.example", 443)
     never.set()
 

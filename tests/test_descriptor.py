@@ -284,7 +284,7 @@ def test_where_nothing_can_be_written_is_a_store_error(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "inside").write_text("")
     for path in ("missing/d.safetensors", "file/d.safetensors", "folder", "x" * 300, "folder/..", "."):
-        with pytest.raises(StoreError, match="expected to write '.*', but: "):
+        with pytest.raises(StoreError, match=r"expected to write '.*', but: "):
             make().save(tmp_path / path)
     with pytest.raises(StoreError, match=r"expected to write '\.', but: "):
         make().save(".")
@@ -303,9 +303,9 @@ def test_missing_and_broken_files_are_store_errors(tmp_path):
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "text.safetensors").write_text("not a descriptor at all, but text")
     for name in ("missing.safetensors", "short.safetensors", "head.safetensors", "empty.safetensors", "."):
-        with pytest.raises(StoreError, match="expected a descriptor at '.*', but it cannot be read: "):
+        with pytest.raises(StoreError, match=r"expected a descriptor at '.*', but it cannot be read: "):
             Descriptor.load(tmp_path / name)
-    with pytest.raises(StoreError, match="expected a descriptor at '.*text.safetensors', but it cannot be read: "):
+    with pytest.raises(StoreError, match=r"expected a descriptor at '.*text.safetensors', but it cannot be read: "):
         Descriptor.load(tmp_path / "text.safetensors")
 
 
@@ -351,17 +351,17 @@ def test_a_descriptor_with_wrong_facts_is_a_store_error(tmp_path, change):
     save_file({"features": torch.zeros(1, 6, 4)}, path, metadata=GOOD_FACTS)
     assert_same(Descriptor.load(path), make())  # so that it is the change that is refused
     save_file({"features": torch.zeros(1, 6, 4)}, path, metadata={**GOOD_FACTS, **change})
-    with as_users_run(), pytest.raises(StoreError, match="expected a whole descriptor in '.*', got: "):
+    with as_users_run(), pytest.raises(StoreError, match=r"expected a whole descriptor in '.*', got: "):
         Descriptor.load(path)
 
 
 def test_a_descriptor_without_features_or_facts_is_a_store_error(tmp_path):
     path = tmp_path / "d.safetensors"
     save_file({"cls": torch.zeros(1, 4)}, path, metadata=GOOD_FACTS)
-    with pytest.raises(StoreError, match="expected a whole descriptor in '.*', got: 'features'"):
+    with pytest.raises(StoreError, match=r"expected a whole descriptor in '.*', got: 'features'"):
         Descriptor.load(path)
     save_file({"features": torch.zeros(1, 6, 4)}, path, metadata={"format": GOOD_FACTS["format"]})
-    with pytest.raises(StoreError, match="expected a whole descriptor in '.*', got: 'grid'"):
+    with pytest.raises(StoreError, match=r"expected a whole descriptor in '.*', got: 'grid'"):
         Descriptor.load(path)
 
 

@@ -160,7 +160,7 @@ def test_what_cannot_be_matched_is_refused(match):
     for pair in ((one, two), (two, one)):
         with pytest.raises(ShapeError, match=r"of one image, got a batch of 2; pass d\[0\], d\[1\], … one by one"):
             match(*pair)
-    with pytest.raises(ShapeError, match="expected descriptors with as many channels, got 8 .* and 7"):
+    with pytest.raises(ShapeError, match=r"expected descriptors with as many channels, got 8 .* and 7"):
         match(one, random_descriptor(1, dim=7))
 
 

@@ -193,8 +193,9 @@ def test_saliency_tells_the_foreground():
 
 def test_a_foreground_that_is_none_of_these_is_refused():
     d, _ = scene(0)
-    with as_users_run(), pytest.raises(
-        ConfigError, match="expected foreground None, 'border' or an attention descriptor, got 'centre'"
+    with (
+        as_users_run(),
+        pytest.raises(ConfigError, match="expected foreground None, 'border' or an attention descriptor, got 'centre'"),
     ):
         PCA(3).fit(d, foreground="centre")
     with pytest.raises(UnknownFacetError, match="expected a descriptor of the facet 'attention', got 'key@1'"):

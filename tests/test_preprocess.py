@@ -105,7 +105,7 @@ def test_pictures_of_more_than_eight_bits_are_not_silently_cut_off(tmp_path, dty
     path = tmp_path / "deep.tif"
     Image.fromarray(values).save(path)
     for image in (path, Image.fromarray(values)):
-        with pytest.raises(ImageError, match="expected a picture of 8 bits a channel, got Pillow's mode '[IF]"):
+        with pytest.raises(ImageError, match=r"expected a picture of 8 bits a channel, got Pillow's mode '[IF]"):
             load_image(image)
 
 
@@ -223,12 +223,12 @@ def jpeg() -> bytes:
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="expected an image file, but there is none at '.*missing.png'"):
+    with pytest.raises(ImageError, match=r"expected an image file, but there is none at '.*missing.png'"):
         load_image(tmp_path / "missing.png")
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="expected an image file, got the folder '.*'; pass its files one by one to"):
+    with pytest.raises(ImageError, match=r"expected an image file, got the folder '.*'; pass its files one by one to"):
         load_image(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_values_that_are_not_finite_are_refused(bad):
     array = PIXELS / 255
     array[3, 4, 1] = bad
     for image in (array, torch.from_numpy(array).permute(2, 0, 1)):
-        with pytest.raises(ImageError, match="expected finite values in 0..1, got NaN or infinity"):
+        with pytest.raises(ImageError, match=r"expected finite values in 0..1, got NaN or infinity"):
             load_image(image)
 
 

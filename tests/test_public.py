@@ -4,6 +4,9 @@ import subprocess
 import sys
 from types import ModuleType
 
+import jaxtyping
+import pytest
+
 import vitfeats as vf
 
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "transformers", "numpy", "matplotlib", "sklearn", "skimage")
@@ -35,12 +38,8 @@ def test_every_public_thing_has_a_docstring():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    try:
+    with pytest.raises(AttributeError, match="module 'vitfeats' has no attribute 'no_such_name'"):
         vf.no_such_name  # noqa: B018
-    except AttributeError as error:
-        assert str(error) == "module 'vitfeats' has no attribute 'no_such_name'"
-    else:
-        raise AssertionError("expected an AttributeError")
 
 
 def test_import_is_light():
@@ -53,3 +52,9 @@ def test_that_test_would_notice():
     code = f"import sys, vitfeats; vitfeats.Tap; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" in done.stdout
+
+
+def test_the_run_time_type_checks_of_this_test_run_are_on():
+    """Every test is a shape test too; were the checks off, nobody would notice."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="typechecking parameter 'd'"):
+        vf.self_similarity("not a descriptor")

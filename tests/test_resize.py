@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitfeats.errors import ConfigError
-from vitfeats.resize import POSITION_RULES, resize_images, resize_map, resize_positions
+from vitfeats.grid import PatchGrid
+from vitfeats.resize import POSITION_RULES, resize_images, resize_positions, spread_map
 
 settings.register_profile("resize", deadline=None, max_examples=30)
 settings.load_profile("resize")
@@ -53,9 +54,7 @@ def naive(stored: torch.Tensor, rows: int, cols: int, rule: str) -> np.ndarray:
     (old_rows, old_cols), values = stored.shape[-2:], stored[0].double().numpy()
     if rule in ("dino", "dinov2"):
         # Caron et al. and Oquab et al. add 0.1 to the wanted grid and pass the ratio as the scale factor.
-        down, across = (
-            plain_weights(old, new, (new + 0.1) / old) for old, new in ((old_rows, rows), (old_cols, cols))
-        )
+        down, across = (plain_weights(old, new, (new + 0.1) / old) for old, new in ((old_rows, rows), (old_cols, cols)))
     elif rule == "transformers":
         down, across = (plain_weights(old, new, new / old) for old, new in ((old_rows, rows), (old_cols, cols)))
     else:
@@ -153,23 +152,52 @@ def test_half_precision_images_are_resized_in_float32():
 def test_turning_commutes_with_resizing():
     image = torch.rand(1, 3, 12, 17, generator=torch.Generator().manual_seed(0))
     for flip in ((2,), (3,), (2, 3)):
-        assert torch.allclose(resize_images(image.flip(flip), (7, 23)), resize_images(image, (7, 23)).flip(flip), atol=1e-5)
+        assert torch.allclose(
+            resize_images(image.flip(flip), (7, 23)), resize_images(image, (7, 23)).flip(flip), atol=1e-5
+        )
     turned = resize_images(image.transpose(2, 3), (23, 7))
     assert torch.allclose(turned, resize_images(image, (7, 23)).transpose(2, 3), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
-def test_maps_keep_corners_on_corners(mode):
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_tokens_that_tile_the_image_keep_corners_on_corners(mode):
     # A ramp from edge to edge stays that ramp inside, whatever the number of cells: no half-cell shift.
     ramp = ((torch.arange(8) + 0.5) / 8).expand(1, 1, 4, 8)
-    resized = resize_map(ramp, (8, 32), mode)
+    spread = spread_map(ramp, PatchGrid(4, 8, 16, 16), (8, 32), mode)
     expected = ((torch.arange(32) + 0.5) / 32).expand(1, 1, 8, 32)
-    assert resized.shape == (1, 1, 8, 32)
-    error = (resized - expected)[..., 6:-6].abs().max()
-    # A shift of half a cell would be an error of 0.0625 for the smooth ones. Only bilinear reproduces a ramp exactly.
-    assert error <= {"nearest": 1 / 16, "bilinear": 1e-5, "bicubic": 0.01}[mode]
+    assert spread.shape == (1, 1, 8, 32)
+    error = (spread - expected)[..., 2:-2].abs().max()
+    # A shift of half a cell would be an error of 0.0625 for the smooth one.
+    assert error <= {"nearest": 1 / 16, "bilinear": 1e-5}[mode]
 
 
-def test_nearest_repeats_cells():
-    cells = torch.arange(6.0).view(1, 1, 2, 3)
-    assert torch.equal(resize_map(cells, (4, 9), "nearest"), cells.repeat_interleave(2, 2).repeat_interleave(3, 3))
+def test_tiling_tokens_are_spread_as_torch_stretches_maps():
+    maps = torch.randn(2, 3, 4, 5)
+    grid = PatchGrid(4, 5, 7, 7)
+    for size in ((28, 35), (9, 50), (3, 4)):
+        stretched = torch.nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(spread_map(maps, grid, size), stretched, atol=1e-5, rtol=1e-5)
+        nearest = torch.nn.functional.interpolate(maps, size=size, mode="nearest-exact")
+        assert torch.equal(spread_map(maps, grid, size, "nearest"), nearest)
+
+
+def test_overlapping_tokens_stand_at_their_centres():
+    grid = PatchGrid(5, 7, 16, 8)  # centres at 8, 16, 24, … of a network image of 48 × 64
+    maps = torch.randn(1, 1, 5, 7)
+    fine = spread_map(maps, grid, (2 * 48 + 1, 2 * 64 + 1))  # odd, so that some pixel centres come near token centres
+    for row in range(5):
+        for col in range(7):
+            x, y = grid.centres()[row * 7 + col].tolist()
+            pixel = (int(y * 97 / 48), int(x * 129 / 64))
+            assert float((fine[0, 0][pixel] - maps[0, 0, row, col]).abs()) < 0.2
+    # The network coordinates themselves as a map come back as coordinates, inside the outermost centres.
+    x = grid.centres()[:, 0].view(1, 1, 5, 7)
+    spread = spread_map(x, grid, (48, 64))
+    assert torch.allclose(spread[..., 8:-8], (torch.arange(64) + 0.5)[8:-8].expand(1, 1, 48, 48), atol=1e-4)
+    assert bool((spread[..., :8] == 8).all()), "border values hold beyond the outermost centres"
+
+
+def test_spreading_is_differentiable():
+    maps = torch.randn(1, 2, 3, 3, requires_grad=True)
+    spread_map(maps, PatchGrid(3, 3, 8, 4), (20, 20)).square().sum().backward()
+    assert bool((maps.grad != 0).all())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vitfeats.errors import ConfigError
 from vitfeats.grid import Size
+from vitfeats.resize import check_interpolation
 from vitfeats.taps import Tap, TokenLayout
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,8 +68,7 @@ class ModelCard:
             )
         if self.prefix_tokens < int(self.has_cls):
             raise ConfigError(f"expected prefix_tokens to count CLS, got {self.prefix_tokens} with has_cls=True")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ConfigError(f"expected interpolation 'bicubic' or 'bilinear', got {self.interpolation!r}")
+        check_interpolation(self.interpolation)
 
     @property
     def registers(self) -> int:

@@ -162,6 +162,8 @@ def _extract(command: Extract) -> int:
     from tqdm import tqdm
 
     names = [path.name for path in command.images]
+    if not names:
+        raise ConfigError("expected image files, got none; for example: vitfeats extract a.jpg b.jpg")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"expected image files of different names, got '{twice}' twice; extract one folder at a time")
@@ -169,10 +171,10 @@ def _extract(command: Extract) -> int:
     taps = command.tap or (extractor.card.default_tap,)
     broken: dict[str, str] = {}
     whole: list[Path] = []
-    _make_folder(command.out)
     written: list[str] = []
     progress = tqdm(total=len(names), unit="image", file=sys.stderr, disable=command.json or len(names) < 2)
     results = extractor.each(_readable(command.images, whole, broken), taps, batch_size=command.batch_size)
+    _make_folder(command.out)  # not before the taps have proved right
     for number, descriptors in enumerate(results):
         for tap, descriptor in descriptors.items():
             target = command.out / f"{whole[number].name}.{tap}.safetensors"
@@ -221,7 +223,7 @@ def _similarity(command: Similarity) -> int:
     height, width = a.frames[0].source_size
     points = [command.point or (width / 2, height / 2)]
     maps = similarity_map(a, points, b)
-    _save_picture(plot.similarity(first, points, second, maps), command.out)
+    _save_picture(plot.similarity(first, points, second, maps, grid=b.grid), command.out)
     x, y = transfer_points(a, b, points)[0].tolist()
     facts = {
         "model": extractor.card.name,

@@ -1,12 +1,13 @@
 """The Descriptor: the one record that every extractor returns and every helper takes."""
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 from uuid import uuid4
 
 import numpy as np
@@ -19,7 +20,7 @@ from vitfeats.errors import ShapeError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.taps import Tap
 
-Points = Tensor | np.ndarray | Sequence[Sequence[float | int]]
+Points = Tensor | np.ndarray | Sequence[Sequence[float]]
 """(n, 2) points, (x, y) in source pixels: a tensor, an array, or plain pairs."""
 
 _FORMAT = "vitfeats.descriptor/1"
@@ -37,7 +38,9 @@ class Descriptor:
         model: The model's name.
         cls: (batch, dim), the same facet of the CLS token, or None.
         registers: (batch, r, dim), the same facet of the register tokens, or None.
-        heads: Number of attention heads that share ``dim`` (head-major: channel = head · d + i), or None.
+        heads: Number of attention heads that share ``dim``, or None. Channels are head-major, channel = head · d + i,
+            as in Splice; ``features.unflatten(-1, (heads, -1)).transpose(-1, -2).flatten(-2)`` gives the d-major order
+            of dino-vit-features (cosine similarities are the same).
 
     Raises:
         ShapeError: If the arrays, the grid and the frames do not fit each other.
@@ -98,18 +101,21 @@ class Descriptor:
         """Return the number of images."""
         return self.features.shape[0]
 
-    def __getitem__(self, index: int | slice) -> "Descriptor":
+    def __getitem__(self, index: SupportsIndex | slice) -> "Descriptor":
         """Return the images at ``index`` as a Descriptor; one image stays a batch of 1."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"expected an image index from {-len(self)} to {len(self) - 1}, got {index}")
-            index = slice(index % len(self), index % len(self) + 1)
+        if not isinstance(index, slice):
+            number = operator.index(index)
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"expected an image index from {-len(self)} to {len(self) - 1}, got {number}")
+            index = slice(number % len(self), number % len(self) + 1)
+        # torch has no slices that run backwards; forward ones stay views.
+        rows = list(range(len(self))[index]) if (index.step or 1) < 0 else index
         return replace(
             self,
-            features=self.features[index],
+            features=self.features[rows],
             frames=self.frames[index],
-            cls=None if self.cls is None else self.cls[index],
-            registers=None if self.registers is None else self.registers[index],
+            cls=None if self.cls is None else self.cls[rows],
+            registers=None if self.registers is None else self.registers[rows],
         )
 
     def __iter__(self) -> Iterator["Descriptor"]:
@@ -249,10 +255,13 @@ class Descriptors(Mapping[Tap, Descriptor]):
 
     def __contains__(self, tap: object) -> bool:
         """Tell whether a tap was read."""
+        if not isinstance(tap, Tap | str):
+            return False
         try:
-            return isinstance(tap, Tap | str) and bool(self[tap] is not None)
+            self[tap]
         except (KeyError, VitFeatsError):
             return False
+        return True
 
     def __iter__(self) -> Iterator[Tap]:
         """Iterate over the taps in the order in which they were asked."""
@@ -267,14 +276,14 @@ class Descriptors(Mapping[Tap, Descriptor]):
         return "Descriptors(\n" + "".join(f"  {descriptor!r}\n" for descriptor in self._by_tap.values()) + ")"
 
 
-def as_points(points: Points, like: Tensor) -> Float[Tensor, "n 2"]:
-    """Return points as a float32 tensor (n, 2) beside ``like``.
+def as_points(points: Points, like: Tensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n 2"]:
+    """Return points as a tensor (n, 2) beside ``like``.
 
     Raises:
         ShapeError: If they are not (n, 2) finite numbers.
     """
     try:
-        where = torch.as_tensor(points, dtype=torch.float32, device=like.device)
+        where = torch.as_tensor(points, dtype=dtype, device=like.device)
     except (TypeError, ValueError) as error:
         raise ShapeError(f"expected points (n, 2), (x, y) in pixels, got {points!r}") from error
     if where.ndim != 2 or where.shape[1] != 2:

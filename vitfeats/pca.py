@@ -11,7 +11,7 @@ from vitfeats.attention_maps import saliency
 from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.grid import Size
-from vitfeats.resize import resize_map
+from vitfeats.resize import spread_map
 
 Foreground = Literal["border"] | Descriptor | Sequence[Descriptor] | None
 
@@ -108,13 +108,14 @@ class PCA:
         """
         if self.n_components < 3:
             raise ConfigError(f"expected n_components of at least 3 for colours, got {self.n_components}; fit PCA(3)")
+        self._check_fitted(d)
         low, high = self.low_[:3].to(d.features), self.high_[:3].to(d.features)
         colours = ((self.transform(d)[..., :3] - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
         kept = self.foreground(d)
         rgb = colours.transpose(1, 2).unflatten(2, (d.grid.rows, d.grid.cols)) * kept[:, None]
         if size is None:
             return rgb
-        return resize_map(rgb, _source_size(d) if size == "source" else size)
+        return spread_map(rgb, d.grid, _source_size(d) if size == "source" else size)
 
     def _fit_tokens(self, tokens: Float[Tensor, "n dim"]) -> None:
         self._check_enough(tokens)

@@ -17,10 +17,11 @@ from torch import Tensor
 from vitfeats.attention_maps import saliency as saliency_of
 from vitfeats.descriptor import Descriptor, Points, as_points
 from vitfeats.errors import ShapeError
+from vitfeats.grid import Frame, PatchGrid
 from vitfeats.matching import Matches
 from vitfeats.pca import PCA
 from vitfeats.preprocess import ImageLike, load_image, to_pil
-from vitfeats.resize import resize_map
+from vitfeats.resize import spread_map
 
 _INCHES = 3.2  # side of a panel
 _DPI = 130
@@ -49,15 +50,19 @@ def pca(
     colours = PCA(3).fit(group) if fitted is None else fitted
     figure, axes = _panels(2, len(group), [picture.size for picture in pictures])
     for column, (picture, d) in enumerate(zip(pictures, group, strict=True)):
-        height, width = d.frames[0].source_size
-        painted = to_pil(colours.to_rgb(d)[0]).resize((width, height), Image.Resampling.NEAREST)
+        painted = to_pil(spread_map(colours.to_rgb(d), d.grid, d.frames[0].source_size, "nearest")[0])
         axes[0][column].imshow(picture)
         axes[1][column].imshow(painted)
     return _rendered(figure)
 
 
 def similarity(
-    image_a: ImageLike, points: Points, image_b: ImageLike, maps: Float[Tensor, "n rows cols"]
+    image_a: ImageLike,
+    points: Points,
+    image_b: ImageLike,
+    maps: Float[Tensor, "n rows cols"],
+    *,
+    grid: PatchGrid | None = None,
 ) -> Image.Image:
     """Draw each asked point on image a, above where it looks alike in image b.
 
@@ -67,6 +72,8 @@ def similarity(
         image_b: The image searched.
         maps: (n, rows, cols), from :func:`~vitfeats.similarity_map`. Each is drawn over its own range; its brightest
             cell is marked.
+        grid: The token grid of image b, ``d2.grid``; None takes the maps' cells to tile the image, as they do where
+            tokens do not overlap.
 
     Raises:
         ShapeError: If there are not as many maps as points.
@@ -82,9 +89,10 @@ def similarity(
         axes[0][column].imshow(a)
         axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="white", mew=3)
         axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="#d62728", mew=1.5)
-        _overlay(axes[1][column], b, values)
-        row, col = divmod(int(values.argmax()), values.shape[1])
-        best = ((col + 0.5) / values.shape[1] * b.width, (row + 0.5) / values.shape[0] * b.height)
+        tokens = PatchGrid(*values.shape, 1, 1) if grid is None else grid
+        _overlay(axes[1][column], b, values, tokens)
+        frame = Frame((b.height, b.width), tokens.network_size)
+        (best,) = frame.to_source(tokens.centres_of(values.argmax().cpu()[None])).tolist()
         axes[1][column].plot(*_pixel(best), "+", ms=12, mec="white", mew=2)
     return _rendered(figure)
 
@@ -136,7 +144,7 @@ def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequ
     figure, axes = _panels(2, len(pictures), [picture.size for picture in pictures])
     for column, (picture, values) in enumerate(zip(pictures, saliency_of(d, heads), strict=True)):
         axes[0][column].imshow(picture)
-        _overlay(axes[1][column], picture, values)
+        _overlay(axes[1][column], picture, values, d.grid)
     return _rendered(figure)
 
 
@@ -182,8 +190,9 @@ def _panels(
     return figure, axes
 
 
-def _overlay(axis: Any, picture: Image.Image, values: Float[Tensor, "rows cols"]) -> None:
-    fine = resize_map(values.detach().float().cpu()[None, None], (picture.height, picture.width), mode="nearest")[0, 0]
+def _overlay(axis: Any, picture: Image.Image, values: Float[Tensor, "rows cols"], grid: PatchGrid) -> None:
+    size = (picture.height, picture.width)
+    fine = spread_map(values.detach().float().cpu()[None, None], grid, size, "nearest")[0, 0]
     axis.imshow(picture.convert("L"), cmap="gray", vmin=-80, vmax=255)
     axis.imshow(fine.numpy(), cmap="magma", alpha=0.7)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitfeats.card import RGB
 from vitfeats.errors import ImageError, ShapeError
 from vitfeats.grid import Frame, PatchGrid, Size, check_stride, fit_size
-from vitfeats.resize import resize_images
+from vitfeats.resize import check_interpolation, resize_images
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
@@ -50,6 +50,7 @@ class Preprocess:
         interpolation: "bicubic" or "bilinear"; always antialiased.
 
     Raises:
+        ConfigError: If the interpolation is none of the two.
         ShapeError: If the stride does not divide the patch, or the size is smaller than one patch.
     """
 
@@ -62,6 +63,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         """Refuse a stride or a size that no image could satisfy."""
+        check_interpolation(self.interpolation)
         check_stride(self.patch, self.stride)
         fit_size((self.patch, self.patch), self.size, self.patch)
 
@@ -96,7 +98,7 @@ class Preprocess:
     def normalise(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """Take off the mean and divide by the standard deviation."""
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
+        return (pixels - mean).div_(std)  # in place on the new tensor: one allocation less
 
 
 def load_images(images: Images) -> list[Float[Tensor, "3 height width"]]:
@@ -186,8 +188,8 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
 def _from_pil(image: Image.Image) -> Float[Tensor, "3 height width"]:
     if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255 without a word
         raise ImageError(
-            f"expected a picture of 8 bits a channel, got Pillow's mode {image.mode!r}; pass an array (height, width, 3) "
-            "of floats in 0..1 instead"
+            f"expected a picture of 8 bits a channel, got Pillow's mode {image.mode!r}; pass an array "
+            "(height, width, 3) of floats in 0..1 instead"
         )
     try:
         array = np.asarray(image.convert("RGB"))

@@ -2,12 +2,19 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from vitfeats.errors import ConfigError, nearest_names
-from vitfeats.grid import Size
+from vitfeats.grid import PatchGrid, Size
+
+
+def check_interpolation(name: str) -> None:
+    """Raise ``ConfigError`` unless images can be resized so."""
+    if name not in ("bicubic", "bilinear"):
+        raise ConfigError(f"expected interpolation 'bicubic' or 'bilinear', got {name!r}")
 
 
 def resize_images(
@@ -25,13 +32,29 @@ def resize_images(
     return resized.clamp(0, 1).to(images.dtype)
 
 
-def resize_map(
-    maps: Float[Tensor, "batch dim rows cols"], size: Size, mode: str = "bilinear"
+def spread_map(
+    maps: Float[Tensor, "batch dim rows cols"], grid: PatchGrid, size: Size, mode: str = "bilinear"
 ) -> Float[Tensor, "batch dim height width"]:
-    """Resample maps to ``size`` = (height, width) so that corners stay on corners (``align_corners=False``)."""
-    if mode == "nearest":
-        return F.interpolate(maps, size=size, mode="nearest-exact")
-    return F.interpolate(maps, size=size, mode=mode, align_corners=False)
+    """Resample token maps to the pixels of an image of ``size`` = (height, width), differentiable in the maps.
+
+    Each token's value stands at the token's own centre; beyond the outermost centres the border value holds. With
+    overlapping tokens this is not the same as stretching the map over the image, which shifts it by up to half of
+    what a patch is larger than a stride.
+
+    Args:
+        maps: One value a token and channel.
+        grid: Where the tokens are.
+        size: (height, width) of the result in pixels; the grid's network image is stretched over it.
+        mode: "bilinear", or "nearest" for the value of the nearest token.
+    """
+    network_h, network_w = grid.network_size
+    steps_y = (torch.arange(size[0], device=maps.device) + 0.5) * network_h / size[0]
+    steps_x = (torch.arange(size[1], device=maps.device) + 0.5) * network_w / size[1]
+    y, x = torch.meshgrid(steps_y, steps_x, indexing="ij")
+    position = grid.positions_of(torch.stack([x.flatten(), y.flatten()], 1))
+    extent = position.new_tensor([grid.cols, grid.rows])
+    where = ((position + 0.5) / extent * 2 - 1).view(1, *size, 2).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, where.to(maps.dtype), mode=mode, padding_mode="border", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Tap:
         """
         if isinstance(text, Tap):
             return text
-        found = _TEXT.match(text.strip())
+        found = _TEXT.match(text.strip()) if isinstance(text, str) else None
         if found is None:
             raise TapError(f"expected a tap written facet@layer, for example 'key@11' or 'key@-1', got {text!r}")
         layer, step = found["layer"], found["step"]

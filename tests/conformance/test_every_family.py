@@ -130,7 +130,7 @@ def test_the_whole_attention_matrix(family, photo):
 
 
 def test_attention_and_values_give_what_the_block_makes_of_them(family, photo):
-    """softmax(q·kᵀ)·v through the output projection is the facet `out`: four facets checked against the model itself."""
+    """softmax(q·kᵀ)·v through the output projection is the facet `out`: four facets against the model itself."""
     extractor = _extractor(family)
     card = extractor.card
     found = extractor(photo, ["value@1", "out@1"])

@@ -1,4 +1,4 @@
-"""What is read is what the model computes: bit for bit where it is the same tensor, against naive formulas elsewhere."""
+"""What is read is what the model computes: bit for bit where it is the same tensor, else against naive formulas."""
 
 import math
 
@@ -211,7 +211,7 @@ def test_rotary_positions_follow_the_stride():
 
 
 def test_published_hub_layout_of_dino_reads_the_same_as_timm(tmp_path):
-    """A checkpoint of the DINO repository (teacher, `module.backbone.` prefix) gives the tokens of timm's conversion."""
+    """A checkpoint of the DINO repository (teacher, `module.backbone.` prefix) gives the keys of timm's."""
     reference = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0, dynamic_img_size=True)
     file = tmp_path / "dino_full.pth"
     state = {f"module.backbone.{key}": value for key, value in reference.state_dict().items()}

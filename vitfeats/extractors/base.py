@@ -2,11 +2,11 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from vitfeats.errors import ConfigError
 from vitfeats.grid import Frame, PatchGrid, Size
 from vitfeats.preprocess import ImageLike, Images, Prepared, Preprocess, load_image
 from vitfeats.taps import Reading, Tap
+
+T = TypeVar("T")
 
 Taps = str | Tap | Sequence[str | Tap]
 
@@ -172,7 +174,7 @@ class Extractor(ABC):
         items = [(text, self._descriptor(tap, readings[tap], batch)) for text, tap in asked]
         return items[0][1] if single else Descriptors(items)
 
-    def run(self, images: Images, work: Any) -> tuple[Any, Prepared]:
+    def run(self, images: Images, work: Callable[[Prepared], T]) -> tuple[T, Prepared]:
         """Prepare images and call ``work(batch)`` with grad mode and autocast as this extractor wants them.
 
         The grad mode is on only where an image requires gradients. ``no_grad`` and not ``inference_mode``: what is

@@ -248,7 +248,7 @@ def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
     return network
 
 
-def _any_size(name: str) -> dict[str, bool]:
+def _any_size(name: str) -> dict[str, Any]:
     # DINOv3 takes any size as it is, and does not know the option.
     return {} if "dinov3" in _architecture(name) else {"dynamic_img_size": True}
 

@@ -38,7 +38,9 @@ def pck(
         ShapeError: If the points are not (n, 2) each, or their numbers differ.
         ConfigError: If ``alpha`` or the reference is not positive.
     """
-    made, wanted = as_points(predicted, torch.zeros(1)), as_points(target, torch.zeros(1))
+    # In float64 from the start, and with a slack far below any pixel: a point exactly at the threshold must not fall to
+    # either side by rounding (0.29 · 100 is 28.999999999999996).
+    made, wanted = (as_points(points, torch.zeros(1), torch.float64) for points in (predicted, target))
     if made.shape != wanted.shape:
         raise ShapeError(f"expected as many predicted points as targets, got {len(made)} and {len(wanted)}")
     if alpha <= 0 or max(reference) <= 0:
@@ -46,6 +48,5 @@ def pck(
     counted = torch.ones(len(made), dtype=torch.bool) if visible is None else torch.as_tensor(visible, dtype=torch.bool)
     if counted.shape != (len(made),):
         raise ShapeError(f"expected visible of shape ({len(made)},), got {tuple(counted.shape)}")
-    # float64: a point exactly at the threshold must not fall to either side by rounding.
-    distance = (made.double() - wanted.double()).norm(dim=1)[counted]
-    return float((distance <= alpha * max(reference)).double().mean())
+    distance = (made - wanted).norm(dim=1)[counted]
+    return float((distance <= alpha * max(reference) * (1 + 1e-9)).double().mean())

@@ -1,0 +1,336 @@
+"""The command line: what it writes, what it says where, and how it ends."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitfeats as vf
+from vitfeats import cli
+from vitfeats.descriptor import Descriptor
+
+SMALL = ["--size", "112", "--device", "cpu"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two photographs of different shapes."""
+    paths = []
+    for name, size in (("cat.jpg", (150, 100)), ("coffee.png", (100, 120))):
+        getattr(vf.samples, name.split(".")[0])().resize(size).save(tmp_path / name)
+        paths.append(str(tmp_path / name))
+    return paths
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def is_picture(path) -> None:
+    with Image.open(path) as picture:
+        assert min(picture.size) >= 100
+        assert np.asarray(picture).std() > 5
+
+
+# extract --------------------------------------------------------------------------------------------------------------
+
+
+def test_extract_writes_one_file_for_each_image_and_tap(capsys, tmp_path, images, mini):
+    out = tmp_path / "new" / "features"
+    code, said, _ = run(capsys, "extract", *images, "--out", out, "--tap", "key@11", "cls@-1", *SMALL)
+    assert code == 0
+    assert said == f"4 files in {out}\n"
+    names = {f"{name}.{tap}.safetensors" for name in ("cat.jpg", "coffee.png") for tap in ("key@11", "cls@11")}
+    assert {path.name for path in out.iterdir()} == names
+    for path in images:
+        loaded = Descriptor.load(out / f"{path.rpartition('/')[2]}.key@11.safetensors")
+        expected = mini(path, "key@11")
+        assert torch.allclose(loaded.features, expected.features, atol=1e-4)
+        assert (loaded.grid, loaded.frames, loaded.model) == (expected.grid, expected.frames, "mini")
+
+
+def test_extract_takes_the_usual_tap_and_says_json(capsys, tmp_path, images):
+    code, said, _ = run(capsys, "extract", *images, "--out", tmp_path / "out", "--json", *SMALL)
+    assert code == 0
+    facts = json.loads(said)
+    usual = vf.list_models("mini")[0].usual_tap
+    assert (facts["model"], facts["failed"]) == ("mini", {})
+    assert facts["written"] == [
+        str(tmp_path / "out" / f"{name}.{usual}.safetensors") for name in ("cat.jpg", "coffee.png")
+    ]
+    assert all(Descriptor.load(path).model == "mini" for path in facts["written"])
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_broken_image_does_not_stop_the_others(capsys, tmp_path, images, position, batch_size):
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("not an image")
+    given = [*images[:position], str(broken), *images[position:]]
+    out = tmp_path / "out"
+    code, said, err = run(
+        capsys, "extract", *given, "--out", out, "--tap", "key@3", "--batch-size", batch_size, "--json", *SMALL
+    )
+    assert code == 1
+    facts = json.loads(said)
+    assert list(facts["failed"]) == [str(broken)]
+    assert "is not one that Pillow can read" in facts["failed"][str(broken)]
+    assert "vitfeats: expected an image, but" in err
+    # Each file under its own name: the broken one must not shift the others.
+    for path in images:
+        loaded = Descriptor.load(out / f"{path.rpartition('/')[2]}.key@3.safetensors")
+        with Image.open(path) as image:
+            assert loaded.frames[0].source_size == image.size[::-1]
+    assert len(list(out.iterdir())) == len(facts["written"]) == 2
+
+
+def test_all_images_broken(capsys, tmp_path):
+    code, said, err = run(capsys, "extract", tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / "out", *SMALL)
+    assert code == 1
+    assert said == f"0 files in {tmp_path / 'out'}\n"
+    assert err.count("but there is none at") == 2
+
+
+def test_images_of_one_name_are_refused_before_anything_is_written(capsys, tmp_path, images):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "cat.jpg"
+    vf.samples.cat().save(twin)
+    code, said, err = run(capsys, "extract", *images, twin, "--out", tmp_path / "out", *SMALL)
+    assert (code, said) == (1, "")
+    assert "ConfigError: expected image files of different names, got 'cat.jpg' twice; extract one folder at a" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path, images):
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, "extract", *images, "--out", tmp_path / "file" / "out", *SMALL)
+    assert code == 1
+    assert "ConfigError: expected a folder to write to at" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tap", "keys@3"], "UnknownFacetError: expected a facet, got 'keys'. Did you mean 'key'?"),
+        (["--tap", "key@99"], "TapError: expected a layer from 0 to 11"),
+        (["--tap", "key"], "TapError: expected a tap written facet@layer"),
+        (["--model", "minni"], "UnknownModelError: expected a model's name"),
+        (["--stride", "5"], "ShapeError: expected a stride that divides the patch size 16, got 5"),
+        (["--size", "4"], "ShapeError: expected a size of at least one patch"),
+        (["--batch-size", "0"], "ConfigError: expected batch_size of at least 1, got 0"),
+        (["--device", "nonsense"], "ConfigError: expected a device of this machine, got 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(capsys, tmp_path, images, arguments, message):
+    code, said, err = run(capsys, "extract", *images, "--out", tmp_path / "out", *SMALL, *arguments)
+    assert (code, said) == (1, "")
+    assert f"vitfeats: {message}" in err
+    assert "Traceback" not in err
+
+
+# pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_pca_of_files(capsys, tmp_path, images):
+    out = tmp_path / "colours.png"
+    code, said, _ = run(capsys, "pca", *images, "--out", out, "--tap", "key@11", *SMALL)
+    assert (code, said) == (0, f"{out}: key@11 of mini, 2 image(s)\n")
+    is_picture(out)
+
+
+def test_pca_of_a_sample_as_json(capsys, tmp_path):
+    out = tmp_path / "colours.jpg"
+    code, said, _ = run(
+        capsys, "pca", "--sample", "portraits", "--foreground", "border", "--out", out, "--json", *SMALL
+    )
+    assert code == 0
+    facts = json.loads(said)
+    # Half a patch between tokens: 112 pixels are 13 tokens.
+    assert facts["grids"][0] == [13, 13]
+    assert facts["grids"][1][1] == 13
+    shares = facts["explained_variance_ratio"]
+    assert len(shares) == 3
+    assert 1 >= sum(shares) > 0
+    assert shares == sorted(shares, reverse=True)
+    assert facts["out"] == str(out)
+    is_picture(out)
+
+
+def test_similarity_of_an_image_with_itself_finds_the_point(capsys, tmp_path, images):
+    out = tmp_path / "similar.png"
+    code, said, _ = run(
+        capsys, "similarity", images[0], "--point", "75", "40", "--tap", "key@11", "--out", out, "--json", *SMALL
+    )
+    assert code == 0
+    facts = json.loads(said)
+    assert facts["point"] == [75, 40]
+    assert facts["similarity"] > 0.9
+    # Within one token (8 of 112 pixels, here about 7 source pixels) of where it was asked.
+    assert np.abs(np.subtract(facts["most_similar"], [75, 40])).max() < 8
+    is_picture(out)
+
+
+def test_similarity_asks_for_the_middle_unless_told(capsys, tmp_path, images):
+    code, said, _ = run(capsys, "similarity", *images, "--out", tmp_path / "s.png", "--json", *SMALL)
+    assert code == 0
+    facts = json.loads(said)
+    assert facts["point"] == [75, 50]
+    assert 0 <= facts["most_similar"][0] <= 100
+    assert 0 <= facts["most_similar"][1] <= 120
+    code, said, _ = run(capsys, "similarity", *images, "--out", tmp_path / "s.png", *SMALL)
+    x, y = facts["most_similar"]
+    assert said == f"{tmp_path / 's.png'}: most similar at x={x:.1f} y={y:.1f} ({facts['similarity']:.3f})\n"
+
+
+def test_match(capsys, tmp_path, images, mini):
+    out = tmp_path / "matches.png"
+    code, said, _ = run(capsys, "match", *images, "--out", out, "--tap", "key@11", "--json", *SMALL)
+    assert code == 0
+    facts = json.loads(said)
+    a, b = mini.resized(stride=8).each(images, "key@11")
+    expected = vf.match_mutual(a, b)
+    assert np.allclose(facts["points_a"], expected.points_a, atol=1e-3)
+    assert np.allclose(facts["points_b"], expected.points_b, atol=1e-3)
+    assert np.allclose(facts["scores"], expected.scores, atol=1e-4)
+    is_picture(out)
+    code, said, _ = run(capsys, "match", *images, "--out", out, "--tap", "key@11", "--most", "5", *SMALL)
+    assert code == 0
+    assert said == f"{out}: {len(expected)} mutual matches of {a.grid.tokens} and {b.grid.tokens} tokens\n"
+
+
+def test_the_same_command_gives_the_same_answer(capsys, tmp_path, images):
+    runs = [run(capsys, "match", *images, "--out", tmp_path / "m.png", "--json", *SMALL)[1] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("command", ["pca", "similarity", "match"])
+def test_files_and_a_sample_are_one_too_many_and_neither_one_too_few(capsys, tmp_path, images, command):
+    for given in ([*images, "--sample", "portraits"], []):
+        code, _, err = run(capsys, command, *given, "--out", tmp_path / "p.png", *SMALL)
+        assert code == 1
+        assert "ConfigError: expected image files or --sample NAME, one of the two; for example --sample" in err
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("command", ["pca", "similarity", "match"])
+def test_what_pictures_cannot_be_made_of(capsys, tmp_path, images, command):
+    (tmp_path / "broken.jpg").write_text("not an image")
+    code, _, err = run(capsys, command, images[0], tmp_path / "broken.jpg", "--out", tmp_path / "p.png", *SMALL)
+    assert code == 1
+    assert "vitfeats: ImageError: expected an image, but" in err
+    code, _, err = run(capsys, command, "--sample", "portrait", "--out", tmp_path / "p.png", *SMALL)
+    assert code == 1
+    assert "ConfigError: expected a sample, got 'portrait'. Did you mean 'portraits'?" in err
+    for out in ("p.nonsense", "missing/p.png"):
+        code, _, err = run(capsys, command, *images, "--out", tmp_path / out, *SMALL)
+        assert code == 1
+        assert "ConfigError: expected a picture file that can be written, such as out.png, got" in err
+    assert not list(tmp_path.glob("p.*"))
+
+
+def test_wrong_numbers_of_images(capsys, tmp_path, images):
+    code, _, err = run(capsys, "match", images[0], "--out", tmp_path / "p.png", *SMALL)
+    assert code == 1
+    assert "ConfigError: expected two images, got 1" in err
+    code, _, err = run(capsys, "similarity", *images, images[0], "--out", tmp_path / "p.png", *SMALL)
+    assert code == 1
+    assert "ConfigError: expected one or two images, got 3" in err
+
+
+def test_a_point_outside_the_image(capsys, tmp_path, images):
+    code, _, err = run(capsys, "similarity", *images, "--point", "149", "149", "--out", tmp_path / "p.png", *SMALL)
+    assert code == 1
+    assert "ShapeError: expected points (x, y) inside the image of 150×100 pixels, got [149.0, 149.0]" in err
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_models_lists_every_card(capsys):
+    code, said, _ = run(capsys, "models")
+    assert code == 0
+    lines = said.splitlines()
+    assert lines[0].split() == ["name", "family", "patch", "dim", "blocks", "tap", "licence"]
+    assert [line.split()[0] for line in lines[1:]] == [card.name for card in vf.list_models()]
+
+
+def test_models_by_pattern_as_json(capsys):
+    code, said, _ = run(capsys, "models", "dino_*", "--json")
+    assert code == 0
+    cards = json.loads(said)
+    assert [card["name"] for card in cards] == [card.name for card in vf.list_models("dino_*")]
+    assert 0 < len(cards) < len(vf.list_models())
+    assert all({"patch", "dim", "depth", "licence"} <= set(card) for card in cards)
+    code, said, _ = run(capsys, "models", "no such*", "--json")
+    assert (code, json.loads(said)) == (0, [])
+
+
+# how it ends ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["extract", "a.png", "--nonsense"],
+        ["extract", "a.png", "--size", "large"],
+        ["pca", "--foreground", "centre"],
+        ["models", "--dtype", "float32"],
+        ["extract", "a.png", "--dtype", "float8"],
+    ],
+)
+def test_a_command_that_is_not_understood_ends_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["extract", "pca", "similarity", "match", "models"])
+def test_help_of_every_command(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--json" in said
+    if command != "models":
+        assert all(option in said for option in ("--model", "--size", "--stride", "--device", "--tap", "--out"))
+
+
+def test_interruption_ends_with_130(capsys, monkeypatch):
+    def interrupted(_command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._RUN, cli.Models, interrupted)
+    code, _, err = run(capsys, "models")
+    assert (code, err) == (130, "vitfeats: interrupted\n")
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+from vitfeats.cli import main
+heavy = {"torch", "timm", "diffusers", "transformers", "matplotlib", "sklearn"}
+try:
+    main(["--help"])
+except SystemExit as ended:
+    print(ended.code, *sorted(heavy & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "0"
+    assert all(command in ran.stdout for command in ("extract", "pca", "similarity", "match", "models"))
+
+
+def test_as_a_module_with_its_exit_code():
+    ran = subprocess.run(
+        [sys.executable, "-m", "vitfeats.cli", "extract", "--sizes", "3"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert not ran.stdout

@@ -1,0 +1,176 @@
+"""The documentation runs: every python block, every link, the commands of the README, and the generated table."""
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import vitfeats as vf
+from vitfeats import api, cli
+from vitfeats.models import vit
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "vitfeats" / "assets" / "README.md"]
+BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.fixture
+def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the photographs that the pages name, and random weights in the place of published ones."""
+    for name in ("cat", "coffee", "astronaut", "grace_hopper"):
+        vf.samples.load(name)[0].save(tmp_path / f"{name}.jpg")
+    create = timm.create_model
+
+    def untrained(name: str, *args: Any, pretrained: bool = False, **options: Any) -> Any:
+        torch.manual_seed(0)
+        return create(name, *args, pretrained=False, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VITFEATS_MODEL", raising=False)
+    monkeypatch.setattr(timm, "create_model", untrained)
+    monkeypatch.setattr(vit, "require_weights", lambda model, repository: None)
+    # What a page registers or chooses must not outlive it.
+    monkeypatch.setattr(api, "_rows", dict(api._rows))
+    monkeypatch.setattr(api, "_default", [])
+    monkeypatch.setattr(api, "_cache", type(api._cache)())
+    yield tmp_path
+    torch.set_grad_enabled(True)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Return (line, code) of the fenced blocks of one language."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, found.start(2)), found[2]) for found in BLOCK.finditer(text) if found[1] == language]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as they are made by Python-Markdown."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[\s-]+", "-", heading) for heading in plain} | set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
+
+
+def generator() -> Any:
+    """Return docs/generate.py as a module."""
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page: Path, page_folder: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for line, code in blocks(page, "python"):
+        # Blank lines in front, so that a traceback names the line of the page.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_point_to_something(page: Path) -> None:
+    missing = []
+    for target in LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            missing.append(target)
+    assert not missing
+
+
+def test_the_test_of_links_sees_a_missing_file_and_a_missing_anchor(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One thing\n\n[a](#one-thing) [b](#another) [c](missing.md)\n")
+    assert anchors(page) == {"one-thing"}
+    with pytest.raises(AssertionError, match=r"another.*missing"):
+        test_links_point_to_something(page)
+
+
+def test_pictures_are_small() -> None:
+    sizes = {picture.name: picture.stat().st_size for picture in (ROOT / "docs" / "assets").iterdir()}
+    assert sizes
+    assert all(size < 150_000 for size in sizes.values()), sizes
+
+
+def test_readme_has_both_commands() -> None:
+    commands = [code.strip() for _, code in blocks(ROOT / "README.md", "bash")]
+    assert commands[0] == "python -m pip install -e . && vitfeats pca --sample portraits --out pca.png"
+    development = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Development")[2]
+    assert development.lstrip().startswith('```bash\npython -m pip install -e ".[dev]" && pytest\n```')
+
+
+def test_readme_quick_start_has_ten_lines() -> None:
+    (_, code), *others = blocks(ROOT / "README.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    assert not others
+
+
+def test_table_of_models_is_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generator().main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_check_of_the_table_sees_a_stale_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = generator()
+    page = tmp_path / "models.md"
+    page.write_text(f"# Models\n{module.BEGIN}\nold\n{module.END}\nrest\n")
+    monkeypatch.setattr(module, "PAGE", page)
+    assert module.main(["--check"]) == 1
+    assert "python docs/generate.py" in capsys.readouterr().err
+    assert "old" in page.read_text()
+    assert module.main([]) == 0
+    assert module.main(["--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("# Models\n")
+    assert text.endswith("\nrest\n")
+    assert all(f"`{card.name}`" in text for card in vf.list_models())
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    listed = re.findall(r"^::: vitfeats\.(\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert set(vf.__all__) <= set(listed)
+
+
+def test_every_error_is_in_troubleshooting() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    errors = {name for name in vf.__all__ if name.endswith("Error")} - {"VitFeatsError"}
+    assert errors == set(re.findall(r"^## (\w+Error)$", page, re.MULTILINE))
+
+
+def test_every_sample_in_a_picture_is_credited() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for shown in ("astronaut", "grace_hopper", "cat", "stereo"):
+        licence = vf.samples.LICENCES[shown]
+        name = licence.credit.partition(" (")[0]
+        assert name in pages
+        assert licence.licence in pages
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = re.findall(r"^  - .+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(navigation) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.slow
+def test_command_lines_run(page_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for _, code in blocks(ROOT / "docs" / "cli.md", "bash") for line in code.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("vitfeats ")]
+    assert len(commands) > 5
+    for _, *arguments in commands:
+        assert cli.main(arguments) == 0, (arguments, capsys.readouterr().err)
+        for name in (arguments[position + 1] for position, word in enumerate(arguments) if word == "--out"):
+            assert (page_folder / name).exists()
