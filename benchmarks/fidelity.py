@@ -16,9 +16,7 @@ TOKENS, DIM = 785, 384
 
 def main() -> None:
     """Print a row for each distance."""
-    print(
-        f"{'MSE':>7}  {'matrix value':>12} {'gradient':>9}  {'factored value':>14} {'gradient':>9}  ratio value  gradient"
-    )
+    print("    MSE  matrix value  gradient  factored value  gradient  ratio value  gradient")
     for mse in (1e-2, 1e-4, 1e-6):
         k, t = pair_at(mse, torch.Generator().manual_seed(1))
         errors = {form: worst_errors(k, t, form) for form in ("matrix", "factored")}
