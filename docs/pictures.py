@@ -25,7 +25,7 @@ def similarity(extractor: vf.Extractor) -> Image.Image:
     """Draw where the cat's picture looks like its left eye, at three depths."""
     cat = vf.samples.cat()
     found = extractor(cat, ["token@2", "token@7", "key@11"])
-    drawn = [vf.plot.similarity(cat, [EYE], cat, vf.similarity_map(d, [EYE], d)) for d in found.values()]
+    drawn = [vf.plot.similarity(cat, [EYE], cat, vf.similarity_map(d, [EYE], d), grid=d.grid) for d in found.values()]
     whole = Image.new("RGB", (sum(picture.width for picture in drawn), drawn[0].height), "white")
     for column, picture in enumerate(drawn):
         whole.paste(picture, (column * picture.width, 0))

@@ -216,6 +216,14 @@ def test_your_own_module_without_them():
         vf.load_extractor(Own(), card=card)
 
 
+def test_a_network_that_is_no_vision_transformer():
+    swin = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0)
+    with pytest.raises(vf.ConfigError, match="a vision transformer of timm or transformers, got SwinTransformer"):
+        vf.load_extractor(swin)
+    with pytest.raises(vf.ConfigError, match=r"qkv=, or of three, query=, key= and value=, got query=None, key='k'"):
+        Anatomy(block="b.{}", attention="b.{}", key="k")
+
+
 def test_settings_that_contradict_each_other():
     with pytest.raises(vf.ConfigError, match=r"card= and anatomy= with your own module, got them with the name 'mini'"):
         vf.load_extractor("mini", card=vf.list_models("mini")[0])

@@ -236,6 +236,7 @@ def _checked(pixels: np.ndarray | Tensor) -> Float[Tensor, "3 height width"]:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("expected finite values in 0..1, got NaN or infinity")
     if low < -_SLACK or high > 1 + _SLACK:
-        cause = "divide by 255" if high > 2.7 else "pass the image before normalisation; vitfeats normalises it"
+        normalised = low < -_SLACK
+        cause = "pass the image before normalisation; vitfeats normalises it" if normalised else "divide by 255"
         raise ImageError(f"expected values in 0..1, got {low:.3g}..{high:.3g}; {cause}")
     return tensor.float()

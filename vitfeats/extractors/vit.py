@@ -38,6 +38,9 @@ class Anatomy:
         rotary: Whether queries and keys are rotated after the projection.
         entry: The method that runs all blocks: ``forward`` or ``forward_features``.
         arguments: Keyword arguments that the entry needs.
+
+    Raises:
+        ConfigError: If there is neither ``qkv`` nor all of ``query``, ``key`` and ``value``.
     """
 
     block: str
@@ -54,6 +57,14 @@ class Anatomy:
     rotary: bool = False
     entry: str = "forward"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an anatomy without projections."""
+        if self.qkv is None and None in (self.query, self.key, self.value):
+            raise ConfigError(
+                "expected the path of one fused projection, qkv=, or of three, query=, key= and value=, got "
+                f"query={self.query!r}, key={self.key!r}, value={self.value!r}"
+            )
 
 
 class ViTExtractor(Extractor):

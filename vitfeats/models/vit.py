@@ -218,7 +218,7 @@ def card_of(network: nn.Module, name: str, facts: dict[str, Any] | None = None) 
         ConfigError: If the network says too little; the message says to pass ``card=``.
     """
     network = getattr(network, "_orig_mod", network)
-    if hasattr(network, "pretrained_cfg") and hasattr(network, "patch_embed"):
+    if hasattr(network, "pretrained_cfg") and hasattr(network, "patch_embed") and hasattr(network, "blocks"):
         found = _timm_facts(network)
     elif hasattr(network, "config") and network.config.model_type in _TRANSFORMERS:  # type: ignore[union-attr]
         found = _transformers_facts(network.config)
