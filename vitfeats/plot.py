@@ -89,7 +89,7 @@ def similarity(
         axes[0][column].imshow(a)
         axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="white", mew=3)
         axes[0][column].plot(*_pixel(point), "o", ms=9, mfc="none", mec="#d62728", mew=1.5)
-        tokens = PatchGrid(*values.shape, 1, 1) if grid is None else grid
+        tokens = PatchGrid(values.shape[0], values.shape[1], 1, 1) if grid is None else grid
         _overlay(axes[1][column], b, values, tokens)
         frame = Frame((b.height, b.width), tokens.network_size)
         (best,) = frame.to_source(tokens.centres_of(values.argmax().cpu()[None])).tolist()
