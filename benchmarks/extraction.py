@@ -26,7 +26,7 @@ def main() -> None:
     """Print one line a comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--runs", type=int, default=21, help="paired runs")
+    parser.add_argument("--runs", type=int, default=41, help="paired runs")
     parser.add_argument("--batch", type=int, default=8, help="images")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
