@@ -6,12 +6,16 @@ Writes docs/assets/{pca,similarity,matches,saliency}.jpg, each below 150 kB. Not
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import vitfeats as vf
+from vitfeats.apps.evaluation.datasets import warp
+from vitfeats.preprocess import load_image
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_BYTES = 150_000
+WARP = torch.tensor([[0.9, -0.12, 50.0], [0.14, 0.9, -10.0], [0.0001, 0.0, 1.0]])  # turned, smaller, a little tilted
 EYE = (180.0, 110.0)  # (x, y) in pixels of the cat
 
 
@@ -33,10 +37,11 @@ def similarity(extractor: vf.Extractor) -> Image.Image:
 
 
 def matches(extractor: vf.Extractor) -> Image.Image:
-    """Draw 40 mutual matches of the stereo pair, drawn at random."""
-    left, right, _ = vf.samples.stereo_pair()
-    found = vf.match_mutual(extractor(left, "token@2"), extractor(right, "token@2"))
-    return vf.plot.matches(left, right, found)
+    """Draw 40 mutual matches of a cup of coffee and its warp, drawn at random."""
+    cup = load_image(vf.samples.coffee())
+    warped = warp(cup, WARP)
+    found = vf.match_mutual(extractor(cup, "token@2"), extractor(warped, "token@2"))
+    return vf.plot.matches(cup, warped, found)
 
 
 def saliency(extractor: vf.Extractor) -> Image.Image:
