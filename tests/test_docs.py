@@ -153,7 +153,7 @@ def test_every_error_is_in_troubleshooting() -> None:
 
 def test_every_sample_in_a_picture_is_credited() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for shown in ("astronaut", "grace_hopper", "cat", "stereo"):
+    for shown in ("astronaut", "grace_hopper", "cat", "coffee"):
         licence = vf.samples.LICENCES[shown]
         name = licence.credit.partition(" (")[0]
         assert name in pages
