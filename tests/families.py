@@ -36,7 +36,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm-dinov2": lambda: timm.create_model("vit_small_patch14_dinov2", **{**_SIZED, "img_size": 56}),
     "timm-dinov2-reg": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", **{**_SIZED, "img_size": 56}),
     "timm-dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", **_TIMM),
-    "timm-clip": lambda: timm.create_model("vit_base_patch16_clip_224", **_SIZED),
+    "timm-clip": lambda: timm.create_model("vit_base_patch16_clip_quickgelu_224", **_SIZED),
     "timm-siglip": lambda: timm.create_model("vit_base_patch16_siglip_224", **_SIZED),
     "timm-qk-norm": lambda: timm.create_model("vit_tiny_patch16_224", **_SIZED, qk_norm=True),
     "hf-vit": _transformers("ViT"),

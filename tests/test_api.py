@@ -1,5 +1,6 @@
 """Names to extractors: catalogue, prefixes, folders, modules, checkpoints; and what is refused."""
 
+import contextlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,6 +44,9 @@ def test_the_catalogue_is_true():
         assert (found.prefix_tokens, found.has_cls) == (card.prefix_tokens, card.has_cls), name
         assert (found.mean, found.std) == (card.mean, card.std), name
         assert found.position_rule == card.position_rule, name
+        config = timm.get_pretrained_cfg(name)
+        assert config.interpolation == card.interpolation, name
+        assert "QuickGELU" not in str(config.notes) or "quickgelu" in name, f"{name} is not the network of its weights"
         size = found.default_size
         assert (size if isinstance(size, int) else min(size)) == card.default_size, name
         assert timm.get_pretrained_cfg_value(name, "hf_hub_id"), f"timm publishes no weights for {name}"
@@ -470,6 +474,7 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(weights.socket, "create_connection", hang)
+    assert weights.PROBE_SECONDS <= 2
     assert not weights._answers("hub.example", 443)
     never.set()
 
@@ -496,3 +501,131 @@ def test_a_hub_that_answers_is_left_to_download(monkeypatch):
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
         weights.require_weights("dino_vits8", "timm/vit_small_patch8_224.dino")
+
+
+def test_a_folder_does_not_stand_in_a_models_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    assert vf.load_extractor("mini", size=32, device="cpu").card.name == "mini"
+    with pytest.raises(vf.WeightsUnavailableError, match="has no config.json"):
+        vf.load_extractor("./mini")
+
+
+def test_a_folder_with_code_of_its_own_is_never_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "weird", "auto_map": {"AutoConfig": "conf.C"}}')
+    (tmp_path / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(vf.WeightsUnavailableError, match="a vision transformer in the folder .* cannot be loaded"):
+        vf.load_extractor(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("size", ["224", 224.0, (224,), (224, 224, 224), (224.0, 224.0), [224, "224"]])
+def test_sizes_that_are_none(size):
+    with pytest.raises(vf.ShapeError, match=r"a size in whole pixels, an int or \(height, width\), got"):
+        vf.load_extractor("mini", size=size)
+    with pytest.raises(vf.ShapeError, match="a size in whole pixels"):
+        vf.extract(torch.rand(3, 64, 64), size=size)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_numpys_integers_and_lists_are_sizes_layers_and_paths_are_models(photo):
+    import numpy as np
+
+    a = vf.load_extractor("mini", size=np.int64(64), device="cpu")
+    b = vf.load_extractor("mini", size=[64, 96], device="cpu")
+    assert (a.preprocess.size, b.preprocess.size) == (64, (64, 96))
+    assert vf.extract(photo, layer=np.int64(3), size=64, device="cpu").tap == vf.Tap("key", 3)
+    assert vf.Tap("key", "-1") == vf.Tap("key", -1)
+    assert vf.extract(photo, size=[64, 64], device="cpu").grid.tokens == 16
+    for stride in (4.0, "8", (8, 8)):
+        with pytest.raises(vf.ShapeError, match="a stride that divides the patch size 16, got"):
+            vf.load_extractor("mini", stride=stride)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_is_no_model_and_what_are_no_taps_or_images(tmp_path, mini):
+    for wrong in (3, None):
+        if wrong is not None:
+            with pytest.raises(vf.UnknownModelError, match="a folder or a module, got int"):
+                vf.load_extractor(wrong)
+            with pytest.raises(vf.UnknownModelError, match="got 3"):
+                vf.set_default_model(wrong)
+    with pytest.raises(vf.WeightsUnavailableError, match="has no config.json"):
+        vf.load_extractor(tmp_path)
+    with pytest.raises(vf.ConfigError, match="a tap such as 'key@11' or a sequence of taps, got 11"):
+        mini(torch.rand(3, 64, 64), 11)
+    for one in ("cat.jpg", vf.samples.cat()):
+        with pytest.raises(vf.ConfigError, match=r"several images, got one; pass \[image\]"):
+            mini.each(one)
+
+
+def test_names_that_no_hub_and_no_timm_knows():
+    with pytest.raises(vf.UnknownModelError, match="got 'timm:vit_tiny_patch16_224.bogus'. (Did you mean|Known)"):
+        vf.load_extractor("timm:vit_tiny_patch16_224.bogus")
+    for name in ("foo bar", "a/b/c", "--"):
+        with pytest.raises(vf.UnknownModelError, match="a model as ORG/NAME"):
+            vf.load_extractor(f"hf:{name}")
+
+
+def test_a_timm_network_of_another_build(tmp_path):
+    torch.save({}, tmp_path / "none.pth")
+    for name in ("resnet18", "mixer_s32_224"):
+        with pytest.raises(vf.ConfigError, match=f"takes images of any size, got 'timm:{name}'"):
+            vf.load_extractor(f"timm:{name}", checkpoint=tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '{"architecture": "no_such_network"}', '{"model_type": 7}'])
+def test_folders_with_a_broken_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(vf.WeightsUnavailableError, match="expected"):
+        vf.load_extractor(str(tmp_path))
+
+
+def test_a_broken_preprocessor_config(tmp_path):
+    build("hf-vit").save_pretrained(tmp_path)
+    for text in ("{bad", '{"image_mean": 0.5}'):
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        with pytest.raises(vf.WeightsUnavailableError, match="preprocessor_config.json"):
+            vf.load_extractor(str(tmp_path))
+
+
+def test_damaged_checkpoints_are_always_named(tmp_path):
+    import random
+
+    whole = tmp_path / "whole.pth"
+    torch.save({f"w{i}": torch.randn(20, 20) for i in range(5)}, whole)
+    data, dice = whole.read_bytes(), random.Random(0)
+    (tmp_path / "text.pth").write_bytes(b"hello world this is text")
+    with pytest.raises(vf.WeightsUnavailableError):
+        api.vit.read_checkpoint(tmp_path / "text.pth")
+    for number in range(150):
+        broken = bytearray(data[: dice.randrange(len(data))] if number % 3 == 0 else data)
+        for _ in range(dice.randrange(1, 40)):
+            if broken:
+                broken[dice.randrange(len(broken))] = dice.randrange(256)
+        (tmp_path / "broken.pth").write_bytes(broken)
+        with contextlib.suppress(vf.WeightsUnavailableError):  # any other error ends the test
+            api.vit.read_checkpoint(tmp_path / "broken.pth")
+
+
+def test_a_beit_of_ones_own_is_known_to_be_of_one_size():
+    beit = timm.create_model("beit_base_patch16_224", num_classes=0, depth=1, embed_dim=48, num_heads=4).eval()
+    extractor = vf.load_extractor(beit)
+    with pytest.raises(vf.ShapeError, match="for this module, got"):
+        vf.load_extractor(beit, size=(64, 96))(torch.rand(3, 64, 96), "token@0")
+    assert extractor(torch.rand(3, 50, 70), "token@0").grid.network_size == (224, 224)
+
+
+def test_a_card_with_a_rule_or_a_tap_that_is_none():
+    card = vf.list_models("mini")[0]
+    with pytest.raises(vf.ConfigError, match="a position rule, got 'dion'. Did you mean 'dino'"):
+        replace(card, position_rule="dion")
+    with pytest.raises(vf.UnknownFacetError, match="got 'kex'"):
+        replace(card, default_tap="kex@1")
+
+
+def test_a_compiled_module_keeps_its_name(photo):
+    compiled = torch.compile(build("timm-augreg"), backend="eager")
+    d = vf.load_extractor(compiled)(photo, "key@1")
+    assert d.model == "VisionTransformer"

@@ -66,6 +66,9 @@ def test_extractor_one_tap_several_taps_and_mixed_sizes(here, random_weights):
     assert torch.equal(each[0].features, each[3].features) or torch.allclose(
         each[0].features, each[3].features, atol=1e-5
     )
+    # One window with sizes that take turns: results come in the order of the images, not of the groups they ran in.
+    turns = list(ex.each(["cat.jpg", np.zeros((40, 90, 3), np.uint8), "cat.jpg"], "key@11", batch_size=3))
+    assert [d.frames[0].source_size for d in turns] == [(112, 160), (40, 90), (112, 160)]
     several = list(ex.each(["cat.jpg", "cup.png"], ["key@11", "cls@11"]))
     assert [type(found) for found in several] == [vf.Descriptors] * 2
 

@@ -95,6 +95,21 @@ def test_substitute_changes_one_modules_input_for_one_pass():
     assert count_hooks(chain) == 0
 
 
+def test_a_substitute_leaves_other_threads_alone():
+    chain, x = Chain(), torch.randn(1, 4)
+    other: list[torch.Tensor] = []
+
+    def run(model: nn.Module) -> None:
+        thread = threading.Thread(target=lambda: other.append(chain.layers[0](x)))
+        thread.start()
+        thread.join()
+        model(x)
+
+    twice = Substitute("layers.0", lambda given: (2 * given,))
+    capture(chain, _probes("layers.1"), run, substitutes=[twice])
+    assert torch.equal(other[0], chain.layers[0](x))
+
+
 def test_handlers_replace_a_function_in_this_thread_only():
     x = torch.randn(1, 1, 4, 4)
     root = nn.ModuleDict({"same": nn.Identity()})

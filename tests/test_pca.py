@@ -6,6 +6,7 @@ import torch
 from sklearn.decomposition import PCA as SklearnPCA  # noqa: N811 - its own name, beside ours
 from synthetic import as_users_run, describe, random_descriptor
 
+from vitfeats.attention_maps import saliency
 from vitfeats.errors import ConfigError, ShapeError, UnknownFacetError
 from vitfeats.pca import PCA
 
@@ -248,3 +249,28 @@ def test_asking_before_fitting_is_refused():
 def test_colours_need_three_components():
     with pytest.raises(ConfigError, match=r"n_components of at least 3 for colours, got 2; fit PCA\(3\)"):
         PCA(2).fit(ONE).to_rgb(ONE)
+
+
+def test_constant_features_in_half_precision_are_no_nan():
+    constant = describe(torch.ones(1, 20, 8, dtype=torch.float16), 4, 5)
+    assert bool(PCA(3).fit(constant).to_rgb(constant).isfinite().all())
+    looks = describe(torch.ones(1, 20, 2, dtype=torch.float16), 4, 5, tap="attention@1")
+    assert bool(saliency(looks).isfinite().all())
+
+
+def test_what_no_pca_can_be_fitted_on():
+    d = random_descriptor(0)
+    with as_users_run():
+        with pytest.raises(ConfigError, match="a Descriptor or a list of them, got Tensor"):
+            PCA(3).fit(d.features)
+        with pytest.raises(ConfigError, match="a Descriptor or a list of them, got int"):
+            PCA(3).fit(d, foreground=5)
+        with pytest.raises(ConfigError, match="n_components of at least 1, got 2.5; pass a whole number"):
+            PCA(2.5)
+        fitted = PCA(3).fit(d)
+        with pytest.raises(ShapeError, match=r"size None, 'source' or \(height, width\), got 100"):
+            fitted.to_rgb(d, size=100)
+        with pytest.raises(ShapeError, match="a size in whole pixels"):
+            fitted.to_rgb(d, size="sorce")
+        with pytest.raises(ShapeError, match=r"a sequence of heads, got 0; one head: heads=\(0,\)"):
+            saliency(describe(torch.ones(1, 20, 2), 4, 5, tap="attention@1"), heads=0)

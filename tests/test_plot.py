@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from synthetic import describe, random_descriptor
 
+import vitfeats as vf
 from vitfeats import plot
 from vitfeats.errors import ShapeError, UnknownFacetError
 from vitfeats.matching import match_mutual, match_nearest
@@ -148,3 +149,18 @@ print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["True", "False"]
+
+
+def test_pca_with_a_foreground_from_saliency(mini):
+    """The colours are those of the descriptors as they were fitted, also of a batch."""
+    image = vf.samples.cat().resize((160, 112))
+    ds = mini([image, image], ["key@11", "attention@11"])
+    fitted = vf.PCA(3).fit(ds["key@11"], foreground=ds["attention@11"])
+    picture = vf.plot.pca([image, image], ds["key@11"], fitted=fitted)
+    assert picture.width > picture.height / 2
+
+
+def test_a_negative_number_of_matches_is_refused(mini):
+    d = mini(vf.samples.cat(), "key@11")
+    with pytest.raises(vf.ConfigError, match="most of at least 0, got -3"):
+        vf.plot.matches(vf.samples.cat(), vf.samples.cat(), vf.match_mutual(d, d), most=-3)

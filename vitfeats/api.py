@@ -15,7 +15,8 @@ from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, UnknownModelError, nearest_names
 from vitfeats.extractors.base import Extractor
 from vitfeats.extractors.vit import Anatomy, Rope, ViTExtractor
-from vitfeats.grid import Size
+from vitfeats.grid import Size, as_size
+from vitfeats.hooks import unwrapped
 from vitfeats.models import bundled, vit
 from vitfeats.preprocess import Images, Preprocess
 from vitfeats.taps import Tap
@@ -30,11 +31,12 @@ _rows: dict[str, tuple[ModelCard, Loader]] = {
 _default: list[str] = []
 _cache: "OrderedDict[tuple[Any, ...], Extractor]" = OrderedDict()
 _cache_lock = threading.Lock()
+_loading: dict[tuple[Any, ...], threading.Lock] = {}
 _CACHED = 4  # extractors that `extract` keeps: enough for a comparison, little enough for a laptop
 
 
 def load_extractor(
-    model: str | nn.Module | None = None,
+    model: str | os.PathLike[str] | nn.Module | None = None,
     *,
     size: int | Size | None = None,
     stride: int | None = None,
@@ -131,7 +133,7 @@ def extract(
     """
     settings: dict[str, Any] = {
         "model": default_model() if model is None else model,
-        "size": size,
+        "size": None if size is None else as_size(size),
         "stride": stride,
         "device": device,
         "dtype": dtype,
@@ -172,8 +174,8 @@ def set_default_model(name: str | None) -> None:
     Raises:
         UnknownModelError: If there is no model of that name.
     """
-    if name is not None and not _has_prefix(name):
-        _row(name)
+    if name is not None and name not in _rows and not _has_prefix(name):
+        raise _unknown(name)
     _default[:] = [] if name is None else [name]
 
 
@@ -183,15 +185,23 @@ def default_model() -> str:
 
 
 def _network(
-    model: str | nn.Module, checkpoint: str | os.PathLike[str] | None, card: ModelCard | None, anatomy: Anatomy | None
+    model: str | os.PathLike[str] | nn.Module,
+    checkpoint: str | os.PathLike[str] | None,
+    card: ModelCard | None,
+    anatomy: Anatomy | None,
 ) -> tuple[nn.Module, ModelCard]:
     file = None if checkpoint is None else os.fspath(checkpoint)
     if isinstance(model, nn.Module):
         if file is not None:
             raise ConfigError("expected checkpoint= with a model's name, got it with a module; load it into the module")
-        return model, vit.card_of(model, type(model).__name__) if card is None else card
+        return model, vit.card_of(model, type(unwrapped(model)).__name__) if card is None else card
     if card is not None or anatomy is not None:
         raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
+    if not isinstance(model, str):
+        raise UnknownModelError(f"expected a model's name, a folder or a module, got {type(model).__name__}")
+    if model in _rows:  # before folders: one that happens to be called "mini" must not stand in its way
+        return _rows[model][1](_rows[model][0], file), _rows[model][0]
     if os.path.isdir(model):
         return vit.load_folder(model, file)
     prefix, _, rest = model.partition(":")
@@ -199,33 +209,34 @@ def _network(
         return vit.load_timm(rest, file)
     if prefix == "hf" and rest:
         return vit.load_transformers(rest, file)
-    found, loader = _row(model)
-    return loader(found, file), found
+    raise _unknown(model)
 
 
-def _row(name: str) -> tuple[ModelCard, Loader]:
-    if name not in _rows:
-        raise UnknownModelError(
-            f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. "
-            f"{nearest_names(name, _rows)}"
-        )
-    return _rows[name]
+def _unknown(name: str) -> UnknownModelError:
+    return UnknownModelError(
+        f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. "
+        f"{nearest_names(str(name), _rows)}"
+    )
 
 
 def _has_prefix(name: str) -> bool:
-    return name.startswith(("timm:", "hf:")) or os.path.isdir(name)
+    return str(name).startswith(("timm:", "hf:")) or os.path.isdir(name)
 
 
 def _cached(settings: dict[str, Any]) -> Extractor:
     key = tuple(settings.values())
-    with _cache_lock:  # held while loading, so that two threads do not load one model twice
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
+    with _cache_lock:
+        loading = _loading.setdefault(key, threading.Lock())
+    with loading:  # of this key alone: two threads do not load one model twice, nor wait for another model
+        with _cache_lock:
+            if key in _cache:
+                _cache.move_to_end(key)
+                return _cache[key]
         extractor = load_extractor(**settings)
-        _cache[key] = extractor
-        while len(_cache) > _CACHED:
-            _cache.popitem(last=False)
+        with _cache_lock:
+            _cache[key] = extractor
+            while len(_cache) > _CACHED:
+                _loading.pop(_cache.popitem(last=False)[0], None)
         return extractor
 
 

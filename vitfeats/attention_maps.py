@@ -27,9 +27,11 @@ def saliency(d: Descriptor, heads: Sequence[int] | None = None) -> Float[Tensor,
         raise UnknownFacetError(
             f"expected a descriptor of the facet 'attention', got '{d.tap}'; extract 'attention@11'"
         )
+    if heads is not None and not isinstance(heads, Sequence):
+        raise ShapeError(f"expected a sequence of heads, got {heads!r}; one head: heads=(0,)")
     chosen = list(range(d.dim)) if heads is None else list(heads)
     if not chosen or not all(-d.dim <= head < d.dim for head in chosen):
         raise ShapeError(f"expected heads from 0 to {d.dim - 1} of {d.model}, got {heads}")
-    mean = d.map[:, chosen].mean(1)
+    mean = d.map[:, chosen].float().mean(1)
     low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
     return (mean - low) / (high - low).clamp_min(1e-12)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vitfeats.errors import ConfigError
 from vitfeats.grid import Size
-from vitfeats.resize import check_interpolation
+from vitfeats.resize import check_interpolation, check_position_rule
 from vitfeats.taps import Tap, TokenLayout
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,7 +39,8 @@ class ModelCard:
         paper: The paper the weights come from.
 
     Raises:
-        ConfigError: If the numbers contradict each other.
+        ConfigError: If the numbers contradict each other, or a rule is not known.
+        TapError, UnknownFacetError: If the default tap is not one.
     """
 
     name: str
@@ -69,6 +70,8 @@ class ModelCard:
         if self.prefix_tokens < int(self.has_cls):
             raise ConfigError(f"expected prefix_tokens to count CLS, got {self.prefix_tokens} with has_cls=True")
         check_interpolation(self.interpolation)
+        check_position_rule(self.position_rule)
+        Tap.parse(self.default_tap)
 
     @property
     def registers(self) -> int:

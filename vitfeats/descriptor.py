@@ -253,6 +253,11 @@ class Descriptors(Mapping[Tap, Descriptor]):
             raise KeyError(f"expected one of {', '.join(map(str, self._by_tap))}, got '{tap}'")
         return self._by_tap[key]
 
+    def get(self, tap: Any, default: Any = None) -> Any:
+        """Return the descriptor of a tap, or ``default`` where it was not read or is no tap."""
+        found = tap in self
+        return self[tap] if found else default
+
     def __contains__(self, tap: object) -> bool:
         """Tell whether a tap was read."""
         if not isinstance(tap, Tap | str):

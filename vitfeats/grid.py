@@ -6,6 +6,7 @@ so the centre of the first pixel is ``(0.5, 0.5)`` and the bottom-right corner i
 ``(height, width)``. With corners as origin a resize is a plain scaling, without half-pixel shifts.
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,21 @@ Size = tuple[int, int]
 def as_pair(value: int | Size) -> Size:
     """Return ``value`` as ``(vertical, horizontal)``: an int stands for both."""
     return (value, value) if isinstance(value, int) else value
+
+
+def as_size(value: object) -> int | Size:
+    """Return a size as a plain int (the shorter side) or a pair (height, width) of ints.
+
+    Raises:
+        ShapeError: If it is neither.
+    """
+    try:
+        if isinstance(value, list | tuple):
+            height, width = (operator.index(side) for side in value)
+            return height, width
+        return operator.index(value)  # type: ignore[arg-type] - asked, not assumed
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"expected a size in whole pixels, an int or (height, width), got {value!r}") from error
 
 
 @dataclass(frozen=True)
@@ -138,9 +154,9 @@ class Frame:
 
 def check_stride(patch: int, stride: int) -> None:
     """Raise ``ShapeError`` unless ``stride`` divides ``patch`` (so that the grid covers the image exactly)."""
-    if stride < 1 or patch % stride:
+    if not isinstance(stride, int) or stride < 1 or patch % stride:
         fitting = [s for s in range(1, patch + 1) if patch % s == 0]
-        raise ShapeError(f"expected a stride that divides the patch size {patch}, got {stride}; try one of {fitting}")
+        raise ShapeError(f"expected a stride that divides the patch size {patch}, got {stride!r}; try one of {fitting}")
 
 
 def fit_size(source: Size, size: int | Size, patch: int) -> Size:

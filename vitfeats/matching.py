@@ -66,7 +66,8 @@ def match_nearest(a: Descriptor, b: Descriptor, *, chunk: int | None = None) -> 
     Args:
         a: Descriptor of one image.
         b: Descriptor of one image, with as many channels.
-        chunk: Tokens of ``a`` compared at a time; None is what fits 64 MiB. The result does not depend on it.
+        chunk: Tokens of ``a`` compared at a time; None is what fits 64 MiB. The result does not depend on
+            it, but for rounding: which of several equally similar tokens is taken.
 
     Raises:
         ShapeError: If a descriptor holds more than one image, or the channels differ.
@@ -82,7 +83,8 @@ def match_mutual(a: Descriptor, b: Descriptor, *, keep_unmatched: bool = False, 
         a: Descriptor of one image.
         b: Descriptor of one image, with as many channels.
         keep_unmatched: Return a row for every token of ``a``, with index −1 and NaN where it has no buddy.
-        chunk: Tokens of ``a`` compared at a time; None is what fits 64 MiB. The result does not depend on it.
+        chunk: Tokens of ``a`` compared at a time; None is what fits 64 MiB. The result does not depend on
+            it, but for rounding: which of several equally similar tokens is taken.
 
     Raises:
         ShapeError: If a descriptor holds more than one image, or the channels differ.

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitfeats.attention_maps import saliency
 from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError, ShapeError
-from vitfeats.grid import Size
+from vitfeats.grid import Size, as_size
 from vitfeats.resize import spread_map
 
 Foreground = Literal["border"] | Descriptor | Sequence[Descriptor] | None
@@ -45,8 +45,8 @@ class PCA:
         Raises:
             ConfigError: If it is smaller.
         """
-        if n_components < 1:
-            raise ConfigError(f"expected n_components of at least 1, got {n_components}")
+        if not isinstance(n_components, int) or n_components < 1:
+            raise ConfigError(f"expected n_components of at least 1, got {n_components!r}; pass a whole number")
         self.n_components = n_components
 
     def fit(self, descriptors: Descriptor | Sequence[Descriptor], *, foreground: Foreground = None) -> "PCA":
@@ -109,13 +109,14 @@ class PCA:
         if self.n_components < 3:
             raise ConfigError(f"expected n_components of at least 3 for colours, got {self.n_components}; fit PCA(3)")
         self._check_fitted(d)
-        low, high = self.low_[:3].to(d.features), self.high_[:3].to(d.features)
-        colours = ((self.transform(d)[..., :3] - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+        d = d.to(torch.float32) if d.dtype != torch.float32 and not self._masks else d
+        low, high = self.low_[:3].to(d.device, torch.float32), self.high_[:3].to(d.device, torch.float32)
+        colours = ((self.transform(d)[..., :3].float() - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
         kept = self.foreground(d)
         rgb = colours.transpose(1, 2).unflatten(2, (d.grid.rows, d.grid.cols)) * kept[:, None]
         if size is None:
             return rgb
-        return spread_map(rgb, d.grid, _source_size(d) if size == "source" else size)
+        return spread_map(rgb, d.grid, _pixels(d, size))
 
     def _fit_tokens(self, tokens: Float[Tensor, "n dim"]) -> None:
         self._check_enough(tokens)
@@ -157,12 +158,14 @@ class PCA:
 
 
 def _as_list(descriptors: Descriptor | Sequence[Descriptor]) -> list[Descriptor]:
-    group = [descriptors] if isinstance(descriptors, Descriptor) else list(descriptors)
+    group = [descriptors] if isinstance(descriptors, Descriptor) else descriptors
+    if not isinstance(group, list | tuple) or not all(isinstance(d, Descriptor) for d in group):
+        raise ConfigError(f"expected a Descriptor or a list of them, got {type(descriptors).__name__}")
     if not group:
         raise ShapeError("expected at least one descriptor, got none")
     if len({d.dim for d in group}) > 1:
         raise ShapeError(f"expected descriptors with as many channels, got {sorted({d.dim for d in group})}")
-    return group
+    return list(group)
 
 
 def _principal(tokens: Float[Tensor, "n dim"], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,6 +232,15 @@ def _salient(group: list[Descriptor], attention: list[Descriptor]) -> list[Bool[
         salient = saliency(looks)
         masks.append(salient > salient.mean((1, 2), keepdim=True))
     return masks
+
+
+def _pixels(d: Descriptor, size: object) -> Size:
+    if size == "source":
+        return _source_size(d)
+    pair = as_size(size)
+    if isinstance(pair, int):
+        raise ShapeError(f"expected size None, 'source' or (height, width), got {size!r}")
+    return pair
 
 
 def _source_size(d: Descriptor) -> Size:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitfeats.attention_maps import saliency as saliency_of
 from vitfeats.descriptor import Descriptor, Points, as_points
-from vitfeats.errors import ShapeError
+from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.matching import Matches
 from vitfeats.pca import PCA
@@ -45,12 +45,14 @@ def pca(
         ShapeError: If there are not as many images as descriptors.
     """
     pictures = _pictures(images)
-    group = _singles(descriptors)
-    _check_as_many(pictures, group)
+    group = [descriptors] if isinstance(descriptors, Descriptor) else descriptors
     colours = PCA(3).fit(group) if fitted is None else fitted
-    figure, axes = _panels(2, len(group), [picture.size for picture in pictures])
-    for column, (picture, d) in enumerate(zip(pictures, group, strict=True)):
-        painted = to_pil(spread_map(colours.to_rgb(d), d.grid, d.frames[0].source_size, "nearest")[0])
+    # Coloured before the batches are taken apart: a foreground from saliency belongs to the descriptors as fitted.
+    painted_cells = [(rgb, d, frame) for d in group for rgb, frame in zip(colours.to_rgb(d), d.frames, strict=True)]
+    _check_as_many(pictures, painted_cells)
+    figure, axes = _panels(2, len(pictures), [picture.size for picture in pictures])
+    for column, (picture, (rgb, d, frame)) in enumerate(zip(pictures, painted_cells, strict=True)):
+        painted = to_pil(spread_map(rgb[None].float(), d.grid, frame.source_size, "nearest")[0])
         axes[0][column].imshow(picture)
         axes[1][column].imshow(painted)
     return _rendered(figure)
@@ -106,7 +108,12 @@ def matches(image_a: ImageLike, image_b: ImageLike, m: Matches, *, most: int = 4
         m: Their matches; rows without a match are left out.
         most: At most this many are drawn, drawn at random, so that the picture shows good and bad ones alike.
         seed: Of that draw.
+
+    Raises:
+        ConfigError: If ``most`` is negative.
     """
+    if most < 0:
+        raise ConfigError(f"expected most of at least 0, got {most}")
     a, b = _picture(image_a), _picture(image_b)
     height = max(a.height, b.height)
     gap = max(4, (a.width + b.width) // 100)
@@ -155,11 +162,6 @@ def _picture(image: ImageLike) -> Image.Image:
 def _pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
     listed: Any = images if isinstance(images, list | tuple) else [images]
     return [_picture(image) for image in listed]
-
-
-def _singles(descriptors: Descriptor | Sequence[Descriptor]) -> list[Descriptor]:
-    group = [descriptors] if isinstance(descriptors, Descriptor) else descriptors
-    return [single for d in group for single in d]
 
 
 def _check_as_many(pictures: Sequence[Any], descriptors: Sequence[Any]) -> None:

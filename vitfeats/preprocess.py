@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitfeats.card import RGB
 from vitfeats.errors import ImageError, ShapeError
-from vitfeats.grid import Frame, PatchGrid, Size, check_stride, fit_size
+from vitfeats.grid import Frame, PatchGrid, Size, as_size, check_stride, fit_size
 from vitfeats.resize import check_interpolation, resize_images
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -64,6 +64,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         """Refuse a stride or a size that no image could satisfy."""
         check_interpolation(self.interpolation)
+        object.__setattr__(self, "size", as_size(self.size))
         check_stride(self.patch, self.stride)
         fit_size((self.patch, self.patch), self.size, self.patch)
 
@@ -179,7 +180,7 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         try:
             image.load()
             return ImageOps.exif_transpose(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders has its own way to fail
             raise ImageError(
                 f"expected a whole image, but '{os.fspath(path)}' breaks off or is damaged: {error}"
             ) from error

@@ -82,6 +82,12 @@ POSITION_RULES: dict[str, PositionRule] = {
 """The rules by name: DINO's and DINOv2's releases, DINOv2 with registers, and what the two libraries do themselves."""
 
 
+def check_position_rule(name: str | None) -> None:
+    """Raise ``ConfigError`` unless there is such a position rule, or none is asked for."""
+    if name is not None and name not in POSITION_RULES:
+        raise ConfigError(f"expected a position rule, got {name!r}. {nearest_names(name, POSITION_RULES)}")
+
+
 def resize_positions(
     stored: Float[Tensor, "1 dim old_rows old_cols"], rows: int, cols: int, rule: str
 ) -> Float[Tensor, "1 dim rows cols"]:
@@ -90,8 +96,7 @@ def resize_positions(
     Raises:
         ConfigError: If there is no such rule.
     """
-    if rule not in POSITION_RULES:
-        raise ConfigError(f"expected a position rule, got {rule!r}. {nearest_names(rule, POSITION_RULES)}")
+    check_position_rule(rule)
     chosen = POSITION_RULES[rule]
     if not chosen.offset:
         return F.interpolate(

@@ -42,7 +42,7 @@ def self_similarity(d: Descriptor) -> Float[Tensor, "batch tokens tokens"]:
 
 
 def similarity_map(d1: Descriptor, points: Points, d2: Descriptor) -> Float[Tensor, "n rows cols"]:
-    """Where does each point of image 1 look like in image 2? Cosine similarity, in −1..1.
+    """Where does each point of image 1 look like in image 2? Cosine similarity, in −1..1 up to rounding.
 
     Args:
         d1: Descriptor of one image.

@@ -1,9 +1,11 @@
 """Taps: which facet of which layer to read. A facet is data: where to hook, and how to read what the hook saw.
 
-A tap is written ``facet@layer``: ``key@11``, ``key@-1``, ``cls@11``, ``out@relu4_1``, ``residual@up1.res1#25``.
+A tap is written ``facet@layer``: ``key@11``, ``key@-1``, ``cls@11``; ``out@relu4_1`` where a model names its layers,
+and ``token@up1.res1#25`` where it runs in steps.
 To add a facet, add a row to :data:`FACETS`.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,7 +44,12 @@ class Tap:
     def __post_init__(self) -> None:
         """Refuse an unknown facet while its spelling is still at hand."""
         if self.facet not in FACETS:
-            raise UnknownFacetError(f"expected a facet, got {self.facet!r}. {nearest_names(self.facet, FACETS)}")
+            raise UnknownFacetError(f"expected a facet, got {self.facet!r}. {nearest_names(str(self.facet), FACETS)}")
+        layer = self.layer
+        if not isinstance(layer, str):
+            object.__setattr__(self, "layer", operator.index(layer))  # NumPy's integers become plain ones
+        elif layer.removeprefix("-").isdigit():
+            object.__setattr__(self, "layer", int(layer))
 
     @classmethod
     def parse(cls, text: "str | Tap") -> "Tap":
@@ -126,11 +133,12 @@ class QueryKey:
     mask: Tensor | None = None
 
     def attention(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows n"]:
-        """Return softmax(q·kᵀ·scale + mask) in float32, for these query rows only."""
-        scores = self.query[:, :, rows].float() @ self.key.float().transpose(-2, -1) * self.scale
-        if self.mask is not None:
-            scores = scores + self.mask[..., rows, :].float()
-        return scores.softmax(-1)
+        """Return softmax(q·kᵀ·scale + mask) in float32, for these query rows only, whatever autocast is on."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            scores = self.query[:, :, rows].float() @ self.key.float().transpose(-2, -1) * self.scale
+            if self.mask is not None:
+                scores = scores + self.mask[..., rows, :].float()
+            return scores.softmax(-1)
 
 
 def _own(seen: Tensor) -> Tensor:

@@ -106,7 +106,6 @@ def test_gradients_reach_the_image_and_only_if_asked(family, photo):
         assert float(gradient.abs().sum()) > 0, tap
     with torch.no_grad():
         assert not extractor(image, "key@1").features.requires_grad
-    assert all(parameter.grad is None for parameter in extractor.model.parameters())
 
 
 def test_what_was_extracted_can_enter_a_graph_later(family, photo):
@@ -185,6 +184,36 @@ def test_half_precision_on_the_cpu(family, photo):
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, atol=0.15, rtol=0.1)
+
+
+def test_attention_is_float32_under_half_precision(family, photo):
+    """The softmax of the q and k that half precision gave, but itself in float32."""
+    extractor = _extractor(family, dtype="bfloat16", rope="post", norm_qk=True)
+    card = extractor.card
+    matrix = extractor.attention(photo, 1)
+    assert matrix.dtype == torch.float32
+    found = extractor(photo, ["query@1", "key@1"])
+    q, k = (
+        _with_prefix(found[f"{facet}@1"]).unflatten(-1, (card.heads, -1)).transpose(1, 2) for facet in ("query", "key")
+    )
+    expected = (q @ k.transpose(-2, -1) * (card.dim // card.heads) ** -0.5).softmax(-1)
+    torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_full_precision_also_inside_somebodys_autocast(family, photo):
+    extractor = _extractor(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = extractor(photo, "token@1").features
+    assert torch.equal(inside, extractor(photo, "token@1").features)
+
+
+def test_a_module_in_half_precision_is_given_its_own_type(family, photo):
+    model = build(family)
+    patch = model_patch(model)
+    exact = vf.load_extractor(model, size=(3 * patch, 5 * patch))(photo, "token@1").features
+    half = vf.load_extractor(model.to(torch.bfloat16), size=(3 * patch, 5 * patch))(photo, "token@1").features
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, atol=0.2, rtol=0.2)
 
 
 def _with_prefix(d: vf.Descriptor) -> torch.Tensor:

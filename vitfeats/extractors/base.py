@@ -1,15 +1,17 @@
 """The abstract Extractor: everything that does not depend on the kind of network."""
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar, overload
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from vitfeats.card import ModelCard
@@ -118,6 +120,8 @@ class Extractor(ABC):
         """
         if batch_size < 1:
             raise ConfigError(f"expected batch_size of at least 1, got {batch_size}")
+        if isinstance(images, str | os.PathLike | Image.Image):
+            raise ConfigError("expected several images, got one; pass [image], or call the extractor itself")
         asked = self._resolve_all(taps)
         return self._each(iter(images), asked, not _is_several(taps), batch_size)
 
@@ -147,6 +151,8 @@ class Extractor(ABC):
     def _resolve_all(self, taps: Taps | None) -> list[tuple[str, Tap]]:
         several: Sequence[str | Tap]
         several = [self.card.default_tap] if taps is None else [taps] if isinstance(taps, str | Tap) else taps
+        if not isinstance(several, Sequence):
+            raise ConfigError(f"expected a tap such as 'key@11' or a sequence of taps, got {several!r}")
         if not several:
             raise ConfigError("expected at least one tap, got none; for example 'key@11'")
         return [(str(tap), self.resolve(Tap.parse(tap))) for tap in several]
@@ -188,8 +194,8 @@ class Extractor(ABC):
             return work(batch), batch
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
+        if self.autocast is None:  # full precision also inside somebody's autocast region
+            return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def _descriptor(self, tap: Tap, reading: Reading, batch: Prepared) -> Descriptor:

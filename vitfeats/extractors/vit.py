@@ -230,7 +230,8 @@ class ViTExtractor(Extractor):
         # timm builds models for one size unless told otherwise, and then fails by an assertion deep inside.
         embed = getattr(root, "patch_embed", None)
         fixed = getattr(embed, "img_size", None)
-        if fixed is None or getattr(root, "dynamic_img_size", True):
+        in_timm = type(root).__module__.startswith("timm.")
+        if fixed is None or getattr(root, "dynamic_img_size", not in_timm):
             return
         size = batch.grid.network_size
         if tuple(fixed) != size or self.preprocess.stride != self.card.patch:
@@ -257,12 +258,15 @@ class ViTExtractor(Extractor):
 
     def _positions(self, grid: PatchGrid) -> Handler:
         """Return a stand-in for ``F.interpolate`` that resamples position embeddings by the card's rule."""
-        rule, dim = self.card.position_rule or "transformers", self.card.dim
+        rule, dim = self.card.position_rule, self.card.dim
 
         def handler(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stored = args[0]
             if stored.ndim != 4 or tuple(stored.shape[:2]) != (1, dim) or kwargs.get("mode") != "bicubic":
                 return func(*args, **kwargs)
+            if rule is None:  # as the model does it, for the grid that there is
+                own = {name: value for name, value in kwargs.items() if name not in ("size", "scale_factor")}
+                return func(stored, size=(grid.rows, grid.cols), **own)
             return resize_positions(stored, grid.rows, grid.cols, rule)
 
         return handler

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import timm
 from torch import nn
 
 from vitfeats.card import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, ModelCard
-from vitfeats.errors import ConfigError, UnknownModelError, WeightsUnavailableError, nearest_names
+from vitfeats.errors import ConfigError, UnknownModelError, VitFeatsError, WeightsUnavailableError, nearest_names
 from vitfeats.models.weights import load_state, read_checkpoint, require_weights, unavailable
 
 _DINO = "Caron et al., Emerging Properties in Self-Supervised Vision Transformers, ICCV 2021"
@@ -105,9 +104,9 @@ CARDS = (
     _half(
         "augreg_vitb16", "AugReg", "vit_base_patch16_224.augreg_in21k", 16, _BASE, licence="Apache-2.0", paper=_AUGREG
     ),
-    _clip("clip_vitb32", "vit_base_patch32_clip_224.openai", 32, _BASE),
-    _clip("clip_vitb16", "vit_base_patch16_clip_224.openai", 16, _BASE),
-    _clip("clip_vitl14", "vit_large_patch14_clip_224.openai", 14, _LARGE),
+    _clip("clip_vitb32", "vit_base_patch32_clip_quickgelu_224.openai", 32, _BASE),
+    _clip("clip_vitb16", "vit_base_patch16_clip_quickgelu_224.openai", 16, _BASE),
+    _clip("clip_vitl14", "vit_large_patch14_clip_quickgelu_224.openai", 14, _LARGE),
     _half(
         "siglip_vitb16",
         "SigLIP",
@@ -168,7 +167,7 @@ def load_transformers(source: str, checkpoint: str | None = None) -> tuple[nn.Mo
     if not folder:
         require_weights(f"hf:{source}", source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = _TOWER_OF.get(config.model_type, config.model_type)
         if kind not in _TRANSFORMERS:
             raise ConfigError(
@@ -177,11 +176,11 @@ def load_transformers(source: str, checkpoint: str | None = None) -> tuple[nn.Mo
             )
         cls = getattr(transformers, _TRANSFORMERS[kind][0])
         extra = {"add_pooling_layer": False} if kind == "vit" else {}
-        network = cls.from_pretrained(source, **extra)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise unavailable(f"hf:{source}", source, f"they cannot be loaded ({str(error).splitlines()[0]})") from error
+        network = cls.from_pretrained(source, trust_remote_code=False, **extra)
+    except VitFeatsError:
+        raise
+    except Exception as error:  # a broken config, broken weights, a broken connection: each library has its own
+        raise _unreadable(source, error) if folder else unavailable(f"hf:{source}", source, _broken(error)) from error
     if checkpoint is not None:
         load_state(network, read_checkpoint(checkpoint), checkpoint)
     name = source if folder else f"hf:{source}"
@@ -199,9 +198,12 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
         raise WeightsUnavailableError(
             f"expected a folder with config.json and weights, but '{path}' has no config.json"
         )
-    if "architecture" not in json.loads(config.read_text()):
+    if "architecture" not in _read_json(config):
         return load_transformers(path, checkpoint)
-    network = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=0, **_any_size(path))
+    try:
+        network = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=0, **_any_size(path))
+    except Exception as error:
+        raise _unreadable(path, error) from error
     _load_any(network, checkpoint or _weight_file(Path(path)))
     return network, card_of(network, path)
 
@@ -219,21 +221,28 @@ def card_of(network: nn.Module, name: str, facts: dict[str, Any] | None = None) 
     """
     network = getattr(network, "_orig_mod", network)
     if hasattr(network, "pretrained_cfg") and hasattr(network, "patch_embed") and hasattr(network, "blocks"):
-        found = _timm_facts(network)
+        try:
+            found = _timm_facts(network)
+        except (AttributeError, IndexError, TypeError) as error:  # a timm model of another build
+            raise _not_known(network) from error
     elif hasattr(network, "config") and network.config.model_type in _TRANSFORMERS:  # type: ignore[union-attr]
         found = _transformers_facts(network.config)
     else:
-        raise ConfigError(
-            f"expected a vision transformer of timm or transformers, got {type(network).__name__}; "
-            "describe your own module with card=ModelCard(…)"
-        )
+        raise _not_known(network)
     return ModelCard(name=name, **{**found, **(facts or {})})
+
+
+def _not_known(network: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"expected a vision transformer of timm or transformers, got {type(network).__name__}; "
+        "describe your own module with card=ModelCard(…)"
+    )
 
 
 def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
     options: dict[str, Any] = {"num_classes": 0, **_any_size(name)}
     if checkpoint is None:
-        repository = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+        repository = _repository(name)
         if repository is None:
             raise WeightsUnavailableError(
                 f"expected published weights for '{asked}', but timm has none; pass checkpoint="
@@ -241,11 +250,49 @@ def _timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
         require_weights(asked, repository)
         try:
             return timm.create_model(name, pretrained=True, **options)
-        except OSError as error:
-            raise unavailable(asked, repository, str(error).splitlines()[0]) from error
-    network = timm.create_model(name, pretrained=False, **options)
+        except TypeError as error:
+            raise _no_transformer(asked, error) from error
+        except Exception as error:  # whatever a download can end in
+            raise unavailable(asked, repository, _broken(error)) from error
+    try:
+        network = timm.create_model(name, pretrained=False, **options)
+    except TypeError as error:
+        raise _no_transformer(asked, error) from error
     _load_any(network, checkpoint)
     return network
+
+
+def _repository(name: str) -> str | None:
+    try:
+        return timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    except RuntimeError as error:  # a tag that timm does not know
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise UnknownModelError(f"expected a model of timm, got 'timm:{name}'. {nearest_names(name, tags)}") from error
+
+
+def _no_transformer(asked: str, error: TypeError) -> ConfigError:
+    return ConfigError(f"expected a vision transformer that takes images of any size, got '{asked}': {error}")
+
+
+def _unreadable(folder: str, error: Exception) -> WeightsUnavailableError:
+    return WeightsUnavailableError(
+        f"expected a vision transformer in the folder '{folder}', but it cannot be loaded: {_broken(error)}"
+    )
+
+
+def _broken(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsUnavailableError(f"expected JSON in '{file}', but: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsUnavailableError(f"expected a JSON object in '{file}', got {type(found).__name__}")
+    return found
 
 
 def _any_size(name: str) -> dict[str, Any]:
@@ -255,7 +302,7 @@ def _any_size(name: str) -> dict[str, Any]:
 
 def _architecture(name: str) -> str:
     config = Path(name) / "config.json"
-    return json.loads(config.read_text())["architecture"] if config.is_file() else name.partition(".")[0]
+    return str(_read_json(config)["architecture"]) if config.is_file() else name.partition(".")[0]
 
 
 def _weight_file(folder: Path) -> str:
@@ -282,7 +329,7 @@ def _timm_facts(network: Any) -> dict[str, Any]:
     config = network.pretrained_cfg
     attention = network.blocks[0].attn
     has_cls = getattr(network, "cls_token", None) is not None
-    fixed = not getattr(network, "dynamic_img_size", True)
+    fixed = not getattr(network, "dynamic_img_size", False)
     size = network.patch_embed.img_size if fixed else min(config.get("input_size", (3, 224, 224))[1:])
     tag = str(config.get("tag") or "")
     released = {"dino": "dino", "lvd142m": "dinov2" if network.num_prefix_tokens == 1 else "dinov2_reg"}
@@ -325,9 +372,14 @@ def _processor_facts(folder: Path) -> dict[str, Any]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return {}
-    said = json.loads(file.read_text())
+    said = _read_json(file)
     names = {"mean": "image_mean", "std": "image_std"}
-    return {field: tuple(float(v) for v in said[name]) for field, name in names.items() if name in said}
+    try:
+        return {field: tuple(float(v) for v in said[name]) for field, name in names.items() if name in said}
+    except (TypeError, ValueError) as error:
+        raise WeightsUnavailableError(
+            f"expected three numbers for each of image_mean and image_std in '{file}'"
+        ) from error
 
 
 def _cached_facts(repository: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from vitfeats.errors import ConfigError, WeightsUnavailableError
+from vitfeats.errors import ConfigError, UnknownModelError, WeightsUnavailableError
 
 PROBE_SECONDS = 2.0
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "open_clip_model.safetensors")
@@ -32,9 +32,13 @@ def require_weights(model: str, repository: str) -> None:
         WeightsUnavailableError: If the weights are neither cached nor reachable.
     """
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in _FILES):
-        return
+    try:
+        if any(isinstance(try_to_load_from_cache(repository, name), str) for name in _FILES):
+            return
+    except HFValidationError as error:
+        raise UnknownModelError(f"expected a model as ORG/NAME, got {repository!r}: {error}") from error
     if constants.HF_HUB_OFFLINE:
         why = "the hub is switched off (HF_HUB_OFFLINE)"
     else:
@@ -77,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"refused to read '{file}': it is damaged, or holds more than tensors and would run code when loaded; if "
             "you trust where it is from, convert it to safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damage can surface as anything: KeyError, struct.error, AssertionError, …
         raise WeightsUnavailableError(
             f"expected a torch weight file at '{file}', but it is damaged: {error}"
         ) from error

@@ -55,11 +55,12 @@ class StereoPair:
         self.disparity = torch.from_numpy(disparity)
 
     def truth(self, points: Float[Tensor, "n 2"]) -> tuple[Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
-        """Return where left points are in the right image, and which of them are known to be there.
+        """Return where left points are in the right image, and which of them are known to be there; on the CPU.
 
         Args:
             points: (n, 2), (x, y) in pixels of the left image.
         """
+        points = points.detach().cpu()
         height, width = self.disparity.shape
         col = points[:, 0].floor().long().clamp(0, width - 1)
         row = points[:, 1].floor().long().clamp(0, height - 1)
@@ -74,8 +75,8 @@ class WarpedImages(Sequence[Pair]):
 
     Rotation up to ±45°, scale 0.6 to 1.5, shift up to 25 % of each side, a gain of 0.7 to 1.3 for each colour.
     The same seed gives the same warps, whichever of them are asked for and in whatever order. A warp that leaves more
-    than a tenth of its points within 0.1·max(height, width) of where they were is drawn again, so that answering "the
-    same place" cannot score above 0.10 at PCK@0.1.
+    than a tenth of its points within 0.1·max(height, width) of where they were is drawn again (a hundred times at most,
+    then the best is taken), so that answering "the same place" scores at most 0.10 at PCK@0.1 on photographs.
 
     Attributes:
         images: The photographs, or their files.
@@ -148,7 +149,10 @@ class WarpedImages(Sequence[Pair]):
             if share <= IN_PLACE:
                 break
         if best is None:
-            raise ImageError(f"expected an image that keeps some of its content under a warp, got a size of {size}")
+            raise ImageError(
+                f"expected an image of which {self._side} points of {self._side**2} stay inside under a warp, got "
+                f"a size of {size}; try more points"
+            )
         return best[1:]
 
 

@@ -45,7 +45,9 @@ def pck(
         raise ShapeError(f"expected as many predicted points as targets, got {len(made)} and {len(wanted)}")
     if alpha <= 0 or max(reference) <= 0:
         raise ConfigError(f"expected alpha and a reference (height, width) above 0, got {alpha} and {tuple(reference)}")
-    counted = torch.ones(len(made), dtype=torch.bool) if visible is None else torch.as_tensor(visible, dtype=torch.bool)
+    counted = (
+        torch.ones(len(made), dtype=torch.bool) if visible is None else torch.as_tensor(visible, dtype=torch.bool).cpu()
+    )
     if counted.shape != (len(made),):
         raise ShapeError(f"expected visible of shape ({len(made)},), got {tuple(counted.shape)}")
     distance = (made - wanted).norm(dim=1)[counted]

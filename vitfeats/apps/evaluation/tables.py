@@ -103,7 +103,7 @@ def describe_with(extractor: Extractor, tap: str) -> Describe:
 
 def _stereo_row(name: str, matches: Matches, pair: StereoPair, within: Sequence[float]) -> Row:
     truth, known = pair.truth(matches.points_a)
-    distance = (matches.points_b - truth).norm(dim=1)[known]
+    distance = (matches.points_b.cpu() - truth).norm(dim=1)[known]
     return Row(name, int(known.sum()), {limit: _share(distance <= limit) for limit in within})
 
 
