@@ -191,7 +191,8 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
     """Load a local folder: what transformers' ``save_pretrained`` or timm's ``save_for_hf`` wrote.
 
     Raises:
-        WeightsUnavailableError: If the folder has no ``config.json``.
+        WeightsUnavailableError: If the folder has no ``config.json``, or what is in it cannot be read.
+        ConfigError: If it is not a vision transformer that vitfeats knows, or the checkpoint does not fit.
     """
     config = Path(path) / "config.json"
     if not config.is_file():
