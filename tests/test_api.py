@@ -1,6 +1,7 @@
 """Names to extractors: catalogue, prefixes, folders, modules, checkpoints; and what is refused."""
 
 import contextlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -37,7 +38,7 @@ def test_the_catalogue_is_true():
         name = card.source.removeprefix("timm:")
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, num_classes=0)
-        found = api.vit.card_of(model, card.name)
+        found = api.libraries.card_of(model, card.name)
         assert (found.patch, found.depth, found.dim, found.heads) == (card.patch, card.depth, card.dim, card.heads), (
             name
         )
@@ -48,7 +49,9 @@ def test_the_catalogue_is_true():
         assert config.interpolation == card.interpolation, name
         assert "QuickGELU" not in str(config.notes) or "quickgelu" in name, f"{name} is not the network of its weights"
         size = found.default_size
-        assert (size if isinstance(size, int) else min(size)) == card.default_size, name
+        wanted = card.default_size if isinstance(card.default_size, int) else min(card.default_size)
+        assert (size if isinstance(size, int) else min(size)) == wanted, name
+        assert (found.layers, found.usual_tap) == (card.layers, card.usual_tap), name
         assert timm.get_pretrained_cfg_value(name, "hf_hub_id"), f"timm publishes no weights for {name}"
 
 
@@ -220,11 +223,40 @@ def test_your_own_module_without_them():
         vf.load_extractor(Own(), card=card)
 
 
-def test_a_network_that_is_no_vision_transformer():
-    swin = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0)
-    with pytest.raises(vf.ConfigError, match="a vision transformer of timm or transformers, got SwinTransformer"):
-        vf.load_extractor(swin)
-    with pytest.raises(vf.ConfigError, match=r"qkv=, or of three, query=, key= and value=, got query=None, key='k'"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("hiera_tiny_224", "got Hiera: its blocks attend in their own way (MaskUnitAttention), not over one row"),
+        ("xcit_nano_12_p8_224", "got Xcit: its blocks attend in their own way (XCA)"),
+        ("samvit_base_patch16", "got VisionTransformerSAM: its blocks attend in their own way (Attention)"),
+        (
+            "vit_dlittle_patch16_reg1_gap_256",
+            "got VisionTransformer: its blocks attend in their own way (DiffAttention)",
+        ),
+        ("vit_base_patch16_xp_224", "got VisionTransformer: its blocks have no `attn.qkv` and no `attn.k_proj`"),
+        ("vit_small_patch16_18x2_224", "got VisionTransformer: its blocks have no `attn.qkv`"),
+        ("crossvit_9_240", "got CrossVit: its blocks have no `attn.qkv`"),
+        ("mvitv2_tiny", "or a model of timm with stages, got MultiScaleVit"),
+    ],
+)
+def test_what_cannot_be_tapped_says_so_in_one_error(name, why):
+    with torch.device("meta"):
+        network = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    with pytest.raises(vf.ConfigError, match=re.escape(why)):
+        vf.load_extractor(network)
+
+
+def test_what_has_stages_but_no_row_of_tokens_is_read_by_its_stages():
+    network = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=0).eval()
+    extractor = vf.load_extractor(network)
+    with pytest.raises(
+        vf.UnknownFacetError, match=r"a facet that SwinTransformer has, got 'key': .* try 'out@layers.2'"
+    ):
+        extractor("no-such-file.jpg", "key@3")
+
+
+def test_an_anatomy_with_some_of_the_projections():
+    with pytest.raises(vf.ConfigError, match=r"query=, key= and value=, or of none, got query=None, key='k'"):
         Anatomy(block="b.{}", attention="b.{}", key="k")
 
 
@@ -568,13 +600,6 @@ def test_names_that_no_hub_and_no_timm_knows():
             vf.load_extractor(f"hf:{name}")
 
 
-def test_a_timm_network_of_another_build(tmp_path):
-    torch.save({}, tmp_path / "none.pth")
-    for name in ("resnet18", "mixer_s32_224"):
-        with pytest.raises(vf.ConfigError, match=f"takes images of any size, got 'timm:{name}'"):
-            vf.load_extractor(f"timm:{name}", checkpoint=tmp_path / "none.pth")
-
-
 @pytest.mark.parametrize("text", ["{broken", "[]", '{"architecture": "no_such_network"}', '{"model_type": 7}'])
 def test_folders_with_a_broken_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
@@ -598,7 +623,7 @@ def test_damaged_checkpoints_are_always_named(tmp_path):
     data, dice = whole.read_bytes(), random.Random(0)
     (tmp_path / "text.pth").write_bytes(b"hello world this is text")
     with pytest.raises(vf.WeightsUnavailableError):
-        api.vit.read_checkpoint(tmp_path / "text.pth")
+        api.libraries.read_checkpoint(tmp_path / "text.pth")
     for number in range(150):
         broken = bytearray(data[: dice.randrange(len(data))] if number % 3 == 0 else data)
         for _ in range(dice.randrange(1, 40)):
@@ -606,7 +631,7 @@ def test_damaged_checkpoints_are_always_named(tmp_path):
                 broken[dice.randrange(len(broken))] = dice.randrange(256)
         (tmp_path / "broken.pth").write_bytes(broken)
         with contextlib.suppress(vf.WeightsUnavailableError):  # any other error ends the test
-            api.vit.read_checkpoint(tmp_path / "broken.pth")
+            api.libraries.read_checkpoint(tmp_path / "broken.pth")
 
 
 def test_a_beit_of_ones_own_is_known_to_be_of_one_size():

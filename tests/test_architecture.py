@@ -18,8 +18,8 @@ ORDER = [
     ["models"],
     ["api"],
 ]
-HELPERS = ["similarity", "attention_maps", "pca", "matching", "losses", "plot"]
-AFTER = [["samples"], ["apps.evaluation"], ["apps"], ["cli"]]
+HELPERS = ["similarity", "pooling", "attention_maps", "pca", "matching", "losses", "plot"]
+AFTER = [["samples", "testing"], ["apps.evaluation"], ["apps"], ["cli"]]
 TORCH_FREE = ["errors", "configs", "cli", "__init__"]
 HEAVY = {"torch", "torchvision", "timm", "transformers", "diffusers", "sklearn", "skimage", "matplotlib", "numpy"}
 

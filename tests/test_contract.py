@@ -28,8 +28,8 @@ def random_weights(monkeypatch):
         torch.manual_seed(0)
         return real(name, **{**options, "pretrained": False})
 
-    monkeypatch.setattr("vitfeats.models.vit.timm.create_model", create)
-    monkeypatch.setattr("vitfeats.models.vit.require_weights", lambda *_: None)
+    monkeypatch.setattr("vitfeats.models.libraries.timm.create_model", create)
+    monkeypatch.setattr("vitfeats.models.libraries.require_weights", lambda *_: None)
 
 
 def test_one_line_with_the_bundled_model(here):

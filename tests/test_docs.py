@@ -13,7 +13,7 @@ import torch
 
 import vitfeats as vf
 from vitfeats import api, cli
-from vitfeats.models import vit
+from vitfeats.models import libraries
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VITFEATS_MODEL", raising=False)
     monkeypatch.setattr(timm, "create_model", untrained)
-    monkeypatch.setattr(vit, "require_weights", lambda model, repository: None)
+    monkeypatch.setattr(libraries, "require_weights", lambda model, repository: None)
     # What a page registers or chooses must not outlive it.
     monkeypatch.setattr(api, "_rows", dict(api._rows))
     monkeypatch.setattr(api, "_default", [])

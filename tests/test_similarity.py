@@ -11,6 +11,7 @@ from synthetic import describe, random_descriptor
 from vitfeats.errors import ShapeError
 from vitfeats.similarity import (
     cosine_similarity,
+    rows_at_a_time,
     self_similarity,
     similarity_blocks,
     similarity_map,
@@ -117,17 +118,33 @@ def test_gradients_flow_through_the_map():
 def test_blocks_put_together_are_the_whole(n, m, chunk):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 5, generator=generator), torch.randn(m, 5, generator=generator)
-    blocks = list(similarity_blocks(a, b, chunk))
+    blocks = [(start, block.clone()) for start, block in similarity_blocks(a, b, chunk)]
     assert [start for start, _ in blocks] == list(range(0, n, chunk))
     assert all(len(block) <= chunk for _, block in blocks)
     assert torch.allclose(torch.cat([block for _, block in blocks]), a @ b.T, atol=1e-5)
 
 
+def test_there_is_one_block_in_memory():
+    a, b = torch.ones(5, 2, requires_grad=True), torch.ones(3, 2)
+    blocks = [block for _, block in similarity_blocks(a, b, 2)]
+    assert len({block.data_ptr() for block in blocks}) == 1
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    assert not blocks[0].requires_grad
+    assert not list(similarity_blocks(a[:0], b))
+
+
 def test_blocks_stay_within_their_memory():
     a, b = torch.zeros(3000, 2), torch.zeros(10_000, 2)
     sizes = [block.numel() * block.element_size() for _, block in similarity_blocks(a, b)]
-    assert max(sizes) <= 64 * 2**20
-    assert len(sizes) == 2
+    assert max(sizes) <= 16 * 2**20
+    assert len(sizes) == 8
+    assert rows_at_a_time(torch.empty(10**9, 2, device="meta")) == 1
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_blocks_of_nothing_are_refused(chunk):
+    with pytest.raises(ShapeError, match=f"expected chunk of at least 1, got {chunk}"):
+        next(similarity_blocks(torch.zeros(2, 2), torch.zeros(2, 2), chunk))
 
 
 def test_unit_vectors_are_of_length_one():

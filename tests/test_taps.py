@@ -90,35 +90,35 @@ SEEN = torch.arange(2 * 7 * 3, dtype=torch.float32).reshape(2, 7, 3)
 
 
 def test_tokens_without_a_prefix():
-    reading = read_tokens(SEEN, TokenLayout(prefix=0, has_cls=False, heads=1))
+    reading = read_tokens(SEEN, TokenLayout(prefix=0, has_cls=False))
     assert torch.equal(reading.features, SEEN)
     assert reading.cls is None
     assert reading.registers is None
 
 
 def test_tokens_behind_cls():
-    reading = read_tokens(SEEN, TokenLayout(prefix=1, has_cls=True, heads=1))
+    reading = read_tokens(SEEN, TokenLayout(prefix=1, has_cls=True))
     assert torch.equal(reading.features, SEEN[:, 1:])
     assert torch.equal(reading.cls, SEEN[:, 0])
     assert reading.registers is None
 
 
 def test_tokens_behind_cls_and_registers():
-    reading = read_tokens(SEEN, TokenLayout(prefix=3, has_cls=True, heads=1))
+    reading = read_tokens(SEEN, TokenLayout(prefix=3, has_cls=True))
     assert torch.equal(reading.features, SEEN[:, 3:])
     assert torch.equal(reading.cls, SEEN[:, 0])
     assert torch.equal(reading.registers, SEEN[:, 1:3])
 
 
 def test_tokens_behind_registers_alone():
-    reading = read_tokens(SEEN, TokenLayout(prefix=2, has_cls=False, heads=1))
+    reading = read_tokens(SEEN, TokenLayout(prefix=2, has_cls=False))
     assert torch.equal(reading.features, SEEN[:, 2:])
     assert reading.cls is None
     assert torch.equal(reading.registers, SEEN[:, :2])
 
 
 def test_cls_is_a_grid_of_one_token():
-    reading = read_cls(SEEN, TokenLayout(prefix=3, has_cls=True, heads=1))
+    reading = read_cls(SEEN, TokenLayout(prefix=3, has_cls=True))
     assert torch.equal(reading.features, SEEN[:, :1])
     assert torch.equal(reading.cls, SEEN[:, 0])
     assert reading.registers is None
@@ -129,7 +129,7 @@ def test_readings_are_copies_in_float32():
     for read in (read_tokens, read_cls):
         for dtype in (torch.float32, torch.bfloat16):
             seen = SEEN.to(dtype, copy=True)
-            reading = read(seen, TokenLayout(prefix=3, has_cls=True, heads=1))
+            reading = read(seen, TokenLayout(prefix=3, has_cls=True))
             seen.zero_()
             parts = [part for part in (reading.features, reading.cls, reading.registers) if part is not None]
             assert all(part.dtype == torch.float32 and part.is_contiguous() for part in parts)
@@ -141,7 +141,7 @@ def test_readings_are_copies_in_float32():
 
 def test_gradients_flow_through_a_reading():
     seen = SEEN.clone().requires_grad_()
-    read_tokens(seen, TokenLayout(prefix=3, has_cls=True, heads=1)).features.sum().backward()
+    read_tokens(seen, TokenLayout(prefix=3, has_cls=True)).features.sum().backward()
     assert torch.equal(seen.grad[:, 3:], torch.ones(2, 4, 3))
     assert torch.equal(seen.grad[:, :3], torch.zeros(2, 3, 3))
 
@@ -181,7 +181,7 @@ def test_attention_facet_is_the_row_of_cls():
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(2, 4, 7, 5, generator=generator) for _ in range(2))
     seen = QueryKey(query, key, 0.4)
-    reading = read_attention(seen, TokenLayout(prefix=3, has_cls=True, heads=4))
+    reading = read_attention(seen, TokenLayout(prefix=3, has_cls=True))
     row = seen.attention()[:, :, 0]  # (batch, heads, n)
     assert torch.allclose(reading.features, row[:, :, 3:].transpose(1, 2))
     assert torch.allclose(reading.cls, row[:, :, 0])

@@ -32,13 +32,17 @@ __all__ = [
     "VitFeatsError",
     "WeightsUnavailableError",
     "appearance_loss",
+    "correspond",
     "cosine_similarity",
     "extract",
     "identity_loss",
     "list_models",
     "load_extractor",
+    "log_bin",
     "match_mutual",
     "match_nearest",
+    "match_ratio",
+    "match_sinkhorn",
     "plot",
     "register_model",
     "saliency",
@@ -48,6 +52,7 @@ __all__ = [
     "similarity_map",
     "structure_loss",
     "transfer_points",
+    "upsample",
 ]
 
 if TYPE_CHECKING:
@@ -71,8 +76,17 @@ if TYPE_CHECKING:
     from vitfeats.extractors.base import Extractor
     from vitfeats.grid import Frame, PatchGrid
     from vitfeats.losses import appearance_loss, identity_loss, structure_loss
-    from vitfeats.matching import Matches, match_mutual, match_nearest, transfer_points
+    from vitfeats.matching import (
+        Matches,
+        correspond,
+        match_mutual,
+        match_nearest,
+        match_ratio,
+        match_sinkhorn,
+        transfer_points,
+    )
     from vitfeats.pca import PCA
+    from vitfeats.pooling import log_bin, upsample
     from vitfeats.similarity import cosine_similarity, self_similarity, similarity_map
     from vitfeats.taps import Tap
 
@@ -86,8 +100,17 @@ _HOME = {
     "vitfeats.extractors.base": ("Extractor",),
     "vitfeats.grid": ("Frame", "PatchGrid"),
     "vitfeats.losses": ("appearance_loss", "identity_loss", "structure_loss"),
-    "vitfeats.matching": ("Matches", "match_mutual", "match_nearest", "transfer_points"),
+    "vitfeats.matching": (
+        "Matches",
+        "correspond",
+        "match_mutual",
+        "match_nearest",
+        "match_ratio",
+        "match_sinkhorn",
+        "transfer_points",
+    ),
     "vitfeats.pca": ("PCA",),
+    "vitfeats.pooling": ("log_bin", "upsample"),
     "vitfeats.similarity": ("cosine_similarity", "self_similarity", "similarity_map"),
     "vitfeats.taps": ("Tap",),
 }

@@ -1,10 +1,14 @@
 """The front door: names to extractors, and ``extract`` for those who want features in one line."""
 
+import inspect
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -14,23 +18,47 @@ from vitfeats.card import ModelCard
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, UnknownModelError, nearest_names
 from vitfeats.extractors.base import Extractor
+from vitfeats.extractors.conv import ConvExtractor
 from vitfeats.extractors.vit import Anatomy, Rope, ViTExtractor
 from vitfeats.grid import Size, as_size
 from vitfeats.hooks import unwrapped
-from vitfeats.models import bundled, vit
+from vitfeats.models import bundled, conv, libraries, vit
 from vitfeats.preprocess import Images, Preprocess
 from vitfeats.taps import Tap
 
 Loader = Callable[[ModelCard, str | None], nn.Module]
 """``loader(card, checkpoint)`` builds a network; ``checkpoint`` is a weight file or None."""
 
-_rows: dict[str, tuple[ModelCard, Loader]] = {
-    **{card.name: (card, bundled.load) for card in bundled.CARDS},
-    **{card.name: (card, vit.load) for card in vit.CARDS},
-}
+Kind = Callable[..., Extractor]
+"""``kind(network, card, preprocess, dtype=…, **settings)`` makes an extractor; usually its class."""
+
+PLUGINS = "vitfeats.extractors"
+"""The entry-point group in which other packages offer a :class:`Row`, or several."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the catalogue.
+
+    Attributes:
+        card: What is known about it.
+        loader: Builds its network: ``loader(card, checkpoint)``.
+        kind: Reads it; None is :class:`~vitfeats.extractors.conv.ConvExtractor` for a card with named layers, and
+            :class:`~vitfeats.extractors.vit.ViTExtractor` for others.
+    """
+
+    card: ModelCard
+    loader: Loader
+    kind: Kind | None = None
+
+
+_rows: dict[str, Row] = {card.name: Row(card, module.load) for module in (bundled, vit, conv) for card in module.CARDS}
+_failed: dict[str, str] = {}
+_sought: list[bool] = []  # whether plug-ins were looked for already
 _default: list[str] = []
 _cache: "OrderedDict[tuple[Any, ...], Extractor]" = OrderedDict()
 _cache_lock = threading.Lock()
+_plugin_lock = threading.RLock()  # a plug-in may itself ask for models while it is imported
 _loading: dict[tuple[Any, ...], threading.Lock] = {}
 _CACHED = 4  # extractors that `extract` keeps: enough for a comparison, little enough for a laptop
 
@@ -79,7 +107,9 @@ def load_extractor(
         >>> vf.load_extractor("mini", size=112, device="cpu")
         ViTExtractor(mini: size 112, stride 16, float32 on cpu)
     """
-    network, found = _network(default_model() if model is None else model, checkpoint, card, anatomy)
+    if not (card is None and anatomy is None) and not isinstance(model, nn.Module):
+        raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
+    network, found, kind = _network(default_model() if model is None else model, checkpoint, card)
     if not isinstance(model, nn.Module):
         network = network.to(_device(device)).eval().requires_grad_(False)
     elif device != "auto":
@@ -90,7 +120,15 @@ def load_extractor(
     preprocess = Preprocess(
         wanted, found.patch, found.patch if stride is None else stride, found.mean, found.std, found.interpolation
     )
-    return ViTExtractor(network, found, preprocess, anatomy=anatomy, dtype=dtype, norm=norm, norm_qk=norm_qk, rope=rope)
+    make: Kind = kind or (ConvExtractor if found.layers else ViTExtractor)
+    given = {"anatomy": (anatomy, None), "norm": (norm, False), "norm_qk": (norm_qk, False), "rope": (rope, "pre")}
+    settings = {name: value for name, (value, usual) in given.items() if value != usual}
+    foreign = sorted(set(settings) - set(inspect.signature(make).parameters))
+    if foreign:
+        raise ConfigError(
+            f"expected settings that {found.name} knows, got {foreign[0]}={settings[foreign[0]]!r}; leave it out"
+        )
+    return make(network, found, preprocess, dtype=dtype, **settings)
 
 
 def extract(
@@ -149,23 +187,34 @@ def extract(
 
 
 def list_models(pattern: str = "*") -> list[ModelCard]:
-    """Return the cards whose name fits a shell pattern, for example ``"dino*"``, in the order of the catalogue."""
-    return [card for name, (card, _) in _rows.items() if fnmatch(name, pattern)]
+    """Return the cards whose name fits a shell pattern, for example ``"dino*"``, in the order of the catalogue.
+
+    Models of plug-ins come last. One that cannot be loaded is left out, with a warning that says why.
+    """
+    _load_plugins()
+    return [row.card for name, row in _rows.items() if fnmatch(name, pattern)]
 
 
-def register_model(card: ModelCard, loader: Loader) -> None:
-    """Add a model to the catalogue, for this process.
+def register_model(card: ModelCard, loader: Loader, kind: Kind | None = None) -> None:
+    """Add a model to the catalogue, for this process. A package adds its models by an entry point: :data:`PLUGINS`.
 
     Args:
         card: Its row; its name must be free.
         loader: Builds the network: ``loader(card, checkpoint)``.
+        kind: Reads it, see :class:`Row`.
 
     Raises:
         ConfigError: If the name is taken.
     """
     if card.name in _rows:
         raise ConfigError(f"expected a free name, but a model {card.name!r} is registered already; choose another name")
-    _rows[card.name] = (card, loader)
+    _rows[card.name] = Row(card, loader, kind)
+
+
+def plugin_failures() -> dict[str, str]:
+    """Return why plug-ins could not be loaded, by the name of their entry point; empty if all is well."""
+    _load_plugins()
+    return dict(_failed)
 
 
 def set_default_model(name: str | None) -> None:
@@ -174,7 +223,7 @@ def set_default_model(name: str | None) -> None:
     Raises:
         UnknownModelError: If there is no model of that name.
     """
-    if name is not None and name not in _rows and not _has_prefix(name):
+    if name is not None and not _is_listed(name) and not _has_prefix(name):
         raise _unknown(name)
     _default[:] = [] if name is None else [name]
 
@@ -185,37 +234,77 @@ def default_model() -> str:
 
 
 def _network(
-    model: str | os.PathLike[str] | nn.Module,
-    checkpoint: str | os.PathLike[str] | None,
-    card: ModelCard | None,
-    anatomy: Anatomy | None,
-) -> tuple[nn.Module, ModelCard]:
+    model: str | os.PathLike[str] | nn.Module, checkpoint: str | os.PathLike[str] | None, card: ModelCard | None
+) -> tuple[nn.Module, ModelCard, Kind | None]:
     file = None if checkpoint is None else os.fspath(checkpoint)
     if isinstance(model, nn.Module):
         if file is not None:
             raise ConfigError("expected checkpoint= with a model's name, got it with a module; load it into the module")
-        return model, vit.card_of(model, type(unwrapped(model)).__name__) if card is None else card
-    if card is not None or anatomy is not None:
-        raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
+        found = libraries.card_of(model, type(unwrapped(model)).__name__) if card is None else card
+        return model, found, None
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str):
         raise UnknownModelError(f"expected a model's name, a folder or a module, got {type(model).__name__}")
     if model in _rows:  # before folders: one that happens to be called "mini" must not stand in its way
-        return _rows[model][1](_rows[model][0], file), _rows[model][0]
+        return _built(_rows[model], file)
     if os.path.isdir(model):
-        return vit.load_folder(model, file)
+        return *libraries.load_folder(model, file), None
     prefix, _, rest = model.partition(":")
     if prefix == "timm" and rest:
-        return vit.load_timm(rest, file)
+        return *libraries.load_timm(rest, file), None
     if prefix == "hf" and rest:
-        return vit.load_transformers(rest, file)
+        return *libraries.load_transformers(rest, file), None
+    if _is_listed(model):
+        return _built(_rows[model], file)
     raise _unknown(model)
 
 
+def _built(row: Row, checkpoint: str | None) -> tuple[nn.Module, ModelCard, Kind | None]:
+    return row.loader(row.card, checkpoint), row.card, row.kind
+
+
+def _is_listed(name: str) -> bool:
+    """Tell whether the catalogue has a model, looking for plug-ins only if it is none of ours."""
+    if name not in _rows:
+        _load_plugins()
+    return name in _rows
+
+
+def _load_plugins() -> None:
+    """Add the rows that other packages offer. A plug-in that fails is reported, and does no harm."""
+    with _plugin_lock:
+        if _sought:
+            return
+        _sought.append(True)
+        for entry in entry_points(group=PLUGINS):
+            try:
+                _add_rows(entry.load())
+            except (Exception, SystemExit) as error:  # whatever somebody else's package does when it is imported
+                origin = entry.dist.name if entry.dist else entry.value
+                _failed[entry.name] = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"plug-in '{entry.name}' of {origin} could not be loaded: {_failed[entry.name]}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+
+def _add_rows(offered: Any) -> None:
+    rows = [offered] if isinstance(offered, Row) else list(offered)
+    for row in rows:
+        if not isinstance(row, Row):
+            raise ConfigError(f"expected a vitfeats.api.Row, or several, got {type(row).__name__}")
+    taken = [row.card.name for row in rows if row.card.name in _rows]
+    if taken:
+        raise ConfigError(f"expected names that are free, but there is a model {taken[0]!r} already")
+    _rows.update({row.card.name: row for row in rows})
+
+
 def _unknown(name: str) -> UnknownModelError:
+    failed = f" Plug-ins that could not be loaded: {', '.join(_failed)}." if _failed else ""
     return UnknownModelError(
         f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. "
-        f"{nearest_names(str(name), _rows)}"
+        f"{nearest_names(str(name), _rows)}{failed}"
     )
 
 

@@ -22,10 +22,10 @@ class ModelCard:
         name: The name ``load_extractor`` takes.
         family: For people: "DINO", "DINOv2", "CLIP", …
         source: Where it comes from: ``timm:ARCHITECTURE``, ``hf:ORG/NAME``, ``bundled:FILE``, a folder, or ``module``.
-        patch: Side of a patch in pixels.
-        depth: Number of transformer blocks.
-        dim: Channels of a token.
-        heads: Attention heads of a block.
+        patch: Side of a patch in pixels; of a convolutional network, its largest stride, to which sizes are snapped.
+        depth: Number of transformer blocks, or of named layers.
+        dim: Channels of a token; of a convolutional network, those of its default tap.
+        heads: Attention heads of a block; None where there is no attention.
         prefix_tokens: Tokens before the patch tokens: CLS (if any) and registers.
         has_cls: Whether the first prefix token is CLS.
         default_size: Shorter side in pixels used when no size is asked for, or (height, width) where it is fixed.
@@ -35,6 +35,8 @@ class ModelCard:
         position_rule: A name of ``resize.POSITION_RULES``: how the release of this model resamples its position
             embedding; None where it has none (rotary) or the model is left to do as it does.
         default_tap: The tap read when none is asked for.
+        layers: Names of the layers where a model names its layers (convolutional networks); empty where it numbers
+            its blocks.
         licence: Licence of the weights, as their publishers state it.
         paper: The paper the weights come from.
 
@@ -49,7 +51,7 @@ class ModelCard:
     patch: int
     depth: int
     dim: int
-    heads: int
+    heads: int | None
     prefix_tokens: int = 1
     has_cls: bool = True
     default_size: int | Size = 224
@@ -58,15 +60,19 @@ class ModelCard:
     interpolation: str = "bicubic"
     position_rule: str | None = None
     default_tap: str = "key@-1"
+    layers: tuple[str, ...] = ()
     licence: str = "unknown"
     paper: str = ""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be those of a model."""
-        if min(self.patch, self.depth, self.dim, self.heads) < 1 or self.dim % self.heads:
+        heads = 1 if self.heads is None else self.heads
+        if min(self.patch, self.depth, self.dim, heads) < 1 or self.dim % heads:
             raise ConfigError(
                 f"expected patch, depth, dim and heads of at least 1, and heads that divide dim, got {self}"
             )
+        if self.layers and len(self.layers) != self.depth:
+            raise ConfigError(f"expected depth to count the layers ({len(self.layers)}), got {self.depth}")
         if self.prefix_tokens < int(self.has_cls):
             raise ConfigError(f"expected prefix_tokens to count CLS, got {self.prefix_tokens} with has_cls=True")
         check_interpolation(self.interpolation)
@@ -81,9 +87,10 @@ class ModelCard:
     @property
     def usual_tap(self) -> str:
         """The default tap with its block counted from the start, for people."""
-        return str(Tap.parse(self.default_tap).resolved(self.depth))
+        tap = Tap.parse(self.default_tap)
+        return str(tap if isinstance(tap.layer, str) else tap.resolved(self.depth))
 
     @property
     def layout(self) -> TokenLayout:
         """How this model lays out its token axis."""
-        return TokenLayout(self.prefix_tokens, self.has_cls, self.heads)
+        return TokenLayout(self.prefix_tokens, self.has_cls)

@@ -263,9 +263,15 @@ def _match(command: Match) -> int:
 
 
 def _models(command: Models) -> int:
-    from vitfeats.api import list_models
+    import warnings
 
-    cards = list_models(command.pattern)
+    from vitfeats.api import list_models, plugin_failures
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said below, in the way of a command line
+        cards = list_models(command.pattern)
+    for name, reason in plugin_failures().items():
+        print(f"vitfeats: plug-in '{name}' could not be loaded: {reason}", file=sys.stderr)
     if command.json:
         print(json.dumps([dataclasses.asdict(card) for card in cards], indent=2))
         return 0
@@ -289,9 +295,10 @@ def _extractor(options: ExtractorConfig) -> "Extractor":
 def _picture_extractor(options: ExtractorConfig) -> "Extractor":
     """Return an extractor with more tokens than a model's default, for pictures."""
     extractor = _extractor(options)
-    patch = extractor.card.patch
-    finer = patch // 2 if patch % 2 == 0 else patch
-    return extractor.resized(size=options.size or PICTURE_SIZE, stride=options.stride or finer)
+    patch, usual = extractor.card.patch, extractor.card.default_size
+    finer = patch // 2 if patch % 2 == 0 and extractor.overlaps else patch
+    size = PICTURE_SIZE if isinstance(usual, int) else usual  # some models take one size only
+    return extractor.resized(size=options.size or size, stride=options.stride or finer)
 
 
 def _images(paths: tuple[Path, ...], sample: str | None) -> "list[Image.Image]":

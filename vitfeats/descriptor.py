@@ -12,12 +12,12 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from vitfeats.errors import ShapeError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
+from vitfeats.resize import sample_map
 from vitfeats.taps import Tap
 
 Points = Tensor | np.ndarray | Sequence[Sequence[float]]
@@ -142,20 +142,13 @@ class Descriptor:
             ShapeError: If the points are not (n, 2), or lie outside an image.
         """
         where = as_points(points, self.features)
-        rows, cols = self.grid.rows, self.grid.cols
-        samples = []
-        for frame in self.frames:
-            check_inside(where, frame)
-            position = self.grid.positions_of(frame.to_network(where))
-            # grid_sample with align_corners=False: −1 and 1 are the outer edges of the outermost cells.
-            samples.append((position + 0.5) / where.new_tensor([cols, rows]) * 2 - 1)
         # At least float32: positions in half precision would be off by a good part of a token.
-        precision = torch.promote_types(self.dtype, torch.float32)
-        grid = torch.stack(samples)[:, None].to(precision)  # (batch, 1, n, 2)
-        values = F.grid_sample(
-            self.map.to(precision), grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        return values[:, :, 0].transpose(1, 2).to(self.dtype)
+        maps = self.map.to(torch.promote_types(self.dtype, torch.float32))
+        values = []
+        for index, frame in enumerate(self.frames):
+            check_inside(where, frame)
+            values.append(sample_map(maps[index : index + 1], self.grid, frame.to_network(where)))
+        return torch.cat(values).transpose(1, 2).to(self.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> "Descriptor":
         """Return it on another device or in another floating type; takes what ``Tensor.to`` takes."""

@@ -43,13 +43,16 @@ class PatchGrid:
     """The grid of tokens that covers one network image.
 
     Token ``(row, col)`` covers network pixels ``[col·stride, col·stride + patch)`` horizontally, the same vertically;
-    its centre is ``(col·stride + patch/2, row·stride + patch/2)``. Tokens are numbered row by row.
+    its centre is ``(col·stride + patch/2 + shift, row·stride + patch/2 + shift)``. Tokens are numbered row by row.
 
     Attributes:
         rows: Tokens from top to bottom, at least 1.
         cols: Tokens from left to right, at least 1.
         patch: Side of a token's square in network pixels; ``(height, width)`` where it is not square.
         stride: Step between neighbouring tokens in network pixels; ``(vertical, horizontal)`` where they differ.
+        shift: How far the middle of what a token sees lies right of (and below) the middle of its square, in network
+            pixels. 0 for patches; (1 − stride)/2 in a ResNet, whose strided convolutions look around the first pixel
+            of each square.
 
     Raises:
         ShapeError: If any of them is smaller than 1.
@@ -59,6 +62,7 @@ class PatchGrid:
     cols: int
     patch: int | Size
     stride: int | Size
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse an empty grid."""
@@ -98,15 +102,15 @@ class PatchGrid:
     def centres_of(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2"]:
         """Return the (x, y) centres in network pixels of the tokens with these row-major indices."""
         (patch_h, patch_w), (step_y, step_x) = as_pair(self.patch), as_pair(self.stride)
-        x = (index % self.cols) * step_x + patch_w / 2
-        y = torch.div(index, self.cols, rounding_mode="floor") * step_y + patch_h / 2
+        x = (index % self.cols) * step_x + patch_w / 2 + self.shift
+        y = torch.div(index, self.cols, rounding_mode="floor") * step_y + patch_h / 2 + self.shift
         return torch.stack([x, y], dim=-1).to(torch.float32)
 
     def positions_of(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
         """Return continuous (col, row) grid positions of network points; a token's centre has whole numbers."""
         (patch_h, patch_w), (step_y, step_x) = as_pair(self.patch), as_pair(self.stride)
-        shift = points.new_tensor([patch_w / 2, patch_h / 2])
-        return (points - shift) / points.new_tensor([step_x, step_y])
+        first = points.new_tensor([patch_w / 2 + self.shift, patch_h / 2 + self.shift])
+        return (points - first) / points.new_tensor([step_x, step_y])
 
     def index_of(self, points: Float[Tensor, "n 2"]) -> Int[Tensor, " n"]:
         """Return the row-major index of the token whose centre is nearest; points outside go to the border."""

@@ -1,6 +1,7 @@
 """From what people have (paths, PIL, arrays, tensors) to what a network takes, with the geometry kept."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vitfeats.card import RGB
@@ -20,6 +21,11 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
 _SLACK = 0.25  # an optimised or resampled image may leave 0..1 a little; a normalised or 8-bit one leaves it by far
+_MOST_PIXELS = 2**24  # 4096 × 4096: 200 MB as floats, and 65 536 tokens of 16 × 16; no model is used at more
+_WHITE = 65535  # of a picture of 16 bits
+_TIFF_BITS, _TIFF_BLACK, _TIFF_KIND = 258, 262, 339  # tags
+# (bits, sample format) of the deep grey TIFFs that Pillow reads at their scale; those of 12 bits it takes for 16.
+_TIFF_READ_RIGHT = {(16, 1), (32, 1), (32, 2), (32, 3)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Prepared:
     pixels: Float[Tensor, "batch 3 height width"]
     grid: PatchGrid
     frames: tuple[Frame, ...]
+
+    def __str__(self) -> str:
+        """Say how much it is: images, tokens and pixels."""
+        images = f"{len(self.frames)} image{'s' if len(self.frames) > 1 else ''}"
+        return f"{images} of {self.grid.tokens} tokens each (network size {self.grid.network_size})"
 
 
 @dataclass(frozen=True)
@@ -69,15 +80,29 @@ class Preprocess:
         fit_size((self.patch, self.patch), self.size, self.patch)
 
     def network_size(self, source: Size) -> Size:
-        """Return the network (height, width) for a source image of (height, width)."""
-        return fit_size(source, self.size, self.patch)
+        """Return the network (height, width) for a source image of (height, width).
+
+        Raises:
+            ShapeError: If the shorter side is given, and the image is so long that its network image would have more
+                than 2²⁴ pixels. A size (height, width) is taken at its word.
+        """
+        height, width = network = fit_size(source, self.size, self.patch)
+        if isinstance(self.size, int) and height * width > _MOST_PIXELS:
+            tokens = PatchGrid.covering(network, self.patch, self.stride).tokens
+            short, long = self.size, min(2 * self.size, max(network))
+            raise ShapeError(
+                f"expected an image that comes to at most {_MOST_PIXELS} network pixels, got {source[0]}×{source[1]} "
+                f"pixels, which size={self.size} makes a network size of {network} with {tokens} tokens; pass "
+                f"size=(h, w), for example size={(long, short) if height > width else (short, long)}, or crop the image"
+            )
+        return network
 
     def __call__(self, images: Images, device: torch.device | str = "cpu") -> Prepared:
         """Prepare one image, a batch, or a list whose images share one network size.
 
         Raises:
             ImageError: If an image cannot be read or is not RGB in 0..1.
-            ShapeError: If the images need different network sizes, or there is none.
+            ShapeError: If the images need different network sizes, one is too long for the size, or there is none.
         """
         loaded = load_images(images)
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in loaded]
@@ -123,15 +148,26 @@ def load_images(images: Images) -> list[Float[Tensor, "3 height width"]]:
 def load_image(image: ImageLike) -> Float[Tensor, "3 height width"]:
     """Return one image as a float32 tensor (3, height, width) in 0..1.
 
+    Pictures (files and PIL images) of every mode become RGB:
+
+    - The EXIF rotation is applied, to a PIL image too, so that ``Image.open(path)`` gives what ``path`` gives. A
+      picture that was turned by hand must not carry the tag any more.
+    - Alpha is dropped, that of a palette too: the colours below it stay, whatever they are. Colour profiles are not
+      applied.
+    - 16 bits of grey are divided by 65535; colours of 16 bits are read as 8 by Pillow. Grey floats must be in 0..1.
+    - Of an animation, or of several pages, a path gives the first picture, a PIL image the one it stands at.
+
     Args:
-        image: A path (the EXIF rotation is applied, the alpha channel dropped), a PIL image, an array (height, width,
-            3) of uint8 or of floats in 0..1, or a tensor (3, height, width) of floats in 0..1 or of uint8.
+        image: A path of a regular file, a PIL image, an array (height, width, 3) of uint8 or of floats in 0..1, or a
+            tensor (3, height, width) of floats in 0..1 or of uint8. Arrays of 16 bits are refused: nothing says which
+            of their values is white (65535, or 4095 of a camera), as the format of a file does.
 
     Raises:
         ImageError: If it cannot be read or is not RGB in 0..1.
     """
     if isinstance(image, str | os.PathLike):
-        return _from_pil(_open(image))
+        with _opened(image) as picture:
+            return _from_pil(picture, _shown(image))
     if isinstance(image, Image.Image):
         return _from_pil(image)
     if isinstance(image, np.ndarray):
@@ -143,6 +179,15 @@ def load_image(image: ImageLike) -> Float[Tensor, "3 height width"]:
     raise ImageError(
         f"expected a path, a PIL image, an array (height, width, 3) or a tensor (3, height, width), "
         f"got {type(image).__name__}"
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out: Python's, numpy's, torch's on any device."""
+    # Each allocator has its own words; only those of a GPU have a class of their own, and not all of them.
+    told = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     )
 
 
@@ -159,44 +204,121 @@ def _load(item: Any) -> Iterator[Float[Tensor, "3 height width"]]:
         yield load_image(item)
 
 
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
-    name = os.fspath(path)
-    if os.path.isdir(name):
-        raise ImageError(f"expected an image file, got the folder '{name}'; pass its files one by one to ex.each")
-    if not os.path.exists(name):
-        raise ImageError(f"expected an image file, but there is none at '{name}'")
-    if os.path.getsize(name) == 0:
-        raise ImageError(f"expected an image, got an empty file: '{name}'")
+def _shown(path: str | os.PathLike[str]) -> str:
+    # A name that is no text in this locale must not break the terminal that prints the message.
+    return f"'{os.fsdecode(path)}'".encode("utf-8", "backslashreplace").decode()
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no regular file: opening a pipe waits for its writer, and a device may never end."""
+    name = _shown(path)
     try:
-        return Image.open(name)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"expected an image, but '{name}' is not one that Pillow can read") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"expected a readable image, but '{name}' could not be opened: {error}") from error
-
-
-def _open(path: str | os.PathLike[str]) -> Image.Image:
-    with _opened(path) as image:
-        try:
-            image.load()
-            return ImageOps.exif_transpose(image)
-        except Exception as error:  # each of Pillow's decoders has its own way to fail
-            raise ImageError(
-                f"expected a whole image, but '{os.fspath(path)}' breaks off or is damaged: {error}"
-            ) from error
-
-
-def _from_pil(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255 without a word
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(f"expected an image file, but there is none at {name}") from error
+    except OSError as error:
+        raise ImageError(f"expected a readable image, but {name} could not be opened: {error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise ImageError(f"expected an image file, got the folder {name}; pass its files one by one to ex.each")
+    if not stat.S_ISREG(found.st_mode):
         raise ImageError(
-            f"expected a picture of 8 bits a channel, got Pillow's mode {image.mode!r}; pass an array "
-            "(height, width, 3) of floats in 0..1 instead"
+            f"expected an image file, but {name} is a pipe, a socket or a device; read it yourself and pass a PIL image"
         )
+    if found.st_size == 0:
+        raise ImageError(f"expected an image, got an empty file: {name}")
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    _check_file(path)
+    name = _shown(path)
     try:
-        array = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow reads lazily: the file may break off only here
-        raise ImageError(f"expected a whole image, but the PIL image breaks off or is damaged: {error}") from error
-    return _checked(array.transpose(2, 0, 1))
+        image = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"expected an image, but {name} is not one that Pillow can read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning, made an error
+        raise ImageError(_too_large(name, error)) from error
+    except Exception as error:  # each of Pillow's readers has its own way to fail
+        raise ImageError(f"expected a readable image, but {name} could not be opened: {error}") from error
+    if image.format == "EPS":
+        image.close()
+        raise ImageError(f"expected a picture, but {name} is a PostScript program, which may never end; pass it as PNG")
+    return image
+
+
+def _too_large(name: str, error: Exception) -> str:
+    return (
+        f"expected an image within Pillow's limit, but {name} claims more pixels ({error}); where you trust the file, "
+        "raise PIL.Image.MAX_IMAGE_PIXELS"
+    )
+
+
+def _from_pil(image: Image.Image, name: str = "the PIL image") -> Float[Tensor, "3 height width"]:
+    try:
+        _check_whole_tiff(image)
+        image.load()
+        return _checked(_pixels(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:  # of a picture inside the file
+        raise ImageError(_too_large(name, error)) from error
+    except Exception as error:  # Pillow reads lazily, and each of its decoders has its own way to fail
+        if is_out_of_memory(error):
+            size = f"{image.width}×{image.height}"
+            raise ImageError(
+                f"expected an image that fits in memory, but {name} has {size} pixels; shrink it"
+            ) from error
+        raise ImageError(f"expected a whole image, but {name} breaks off or is damaged: {error}") from error
+
+
+def _check_whole_tiff(image: Image.Image) -> None:
+    """Refuse a TIFF that has fewer strips than rows: Pillow would leave the rest black without a word."""
+    if image.format != "TIFF" or not getattr(image, "tile", None):  # read already
+        return
+    right, bottom = (max(part[1][side] for part in image.tile) for side in (2, 3))  # type: ignore[attr-defined]
+    if right * bottom < image.width * image.height:  # areas: a turned file has its sides the other way round
+        raise OSError(f"it has {right * bottom} of {image.width * image.height} pixels")
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Return a picture, upright, as (3, height, width): uint8, or float32 in 0..1 where it has more than 8 bits."""
+    upright = ImageOps.exif_transpose(image)  # a copy, with or without a rotation
+    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255 without a word
+        _check_deep_tiff(image)
+        grey = _deep_grey(upright)
+        return np.broadcast_to(grey, (3, *grey.shape))
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        upright = ImageChops.invert(upright)  # Pillow takes every one for Adobe's, whose ink is written as its lack
+    upright.info.pop("transparency", None)  # for a palette's, Pillow warns that it is lost
+    if image.mode == "La":
+        upright = upright.convert("LA")  # the only way from it to RGB
+    return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
+
+
+def _deep_grey(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
+    if image.mode == "F":
+        return values
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    # Mode I has 32 bits and no white of its own: up to 255 it may as well be a picture of 8 bits.
+    if low < 0 or high > _WHITE or (image.mode == "I" and 0 < high <= 255):
+        raise ImageError(
+            f"expected a picture of 8 or 16 bits a channel, got Pillow's mode {image.mode!r} with values "
+            f"{low}..{high}; divide by the value that is white and pass an array (height, width, 3) of floats in 0..1"
+        )
+    return values.astype(np.float32) / _WHITE
+
+
+def _check_deep_tiff(image: Image.Image) -> None:
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return
+    bits, kind, inverted = tags.get(_TIFF_BITS, (1,))[0], tags.get(_TIFF_KIND, (1,))[0], tags.get(_TIFF_BLACK) == 0
+    if inverted or (bits, kind) not in _TIFF_READ_RIGHT:
+        what = "0 is white" if inverted else f"numbers have {bits} bits" + (" and a sign" if kind == 2 else "")
+        raise ImageError(
+            f"expected a grey TIFF of 16 bits without a sign in which 0 is black, got one whose {what}; read it "
+            "yourself and pass an array (height, width, 3) of floats in 0..1"
+        )
 
 
 def _channels_first(array: np.ndarray) -> np.ndarray:
@@ -220,9 +342,12 @@ def _as_tensor(pixels: np.ndarray) -> Tensor:
     try:
         return torch.from_numpy(np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C"))
     except TypeError as error:
-        raise ImageError(
-            f"expected uint8 in 0..255 or floats in 0..1, got {pixels.dtype}; convert the image"
-        ) from error
+        raise ImageError(_numbers_message(pixels.dtype, pixels.dtype.kind in "iu")) from error
+
+
+def _numbers_message(dtype: object, counts: bool) -> str:
+    cure = "divide the image by the value that is white, 255 or 65535" if counts else "convert the image to floats"
+    return f"expected uint8 in 0..255 or floats in 0..1, got {dtype}; {cure}"
 
 
 def _checked(pixels: np.ndarray | Tensor) -> Float[Tensor, "3 height width"]:
@@ -230,14 +355,15 @@ def _checked(pixels: np.ndarray | Tensor) -> Float[Tensor, "3 height width"]:
     if min(tensor.shape[1:]) < 1:
         raise ImageError(f"expected an image of at least 1×1 pixel, got shape {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:
-        return tensor.float() / 255
+        return tensor.float().div_(255)  # in place on the new tensor: a large picture fits twice as often
     if not tensor.is_floating_point():
-        raise ImageError(f"expected uint8 in 0..255 or floats in 0..1, got {tensor.dtype}; convert the image")
-    low, high = (float(value) for value in tensor.detach().aminmax())
+        raise ImageError(_numbers_message(tensor.dtype, tensor.dtype != torch.bool and not tensor.is_complex()))
+    low, high = (float(value) for value in tensor.detach().float().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("expected finite values in 0..1, got NaN or infinity")
     if low < -_SLACK or high > 1 + _SLACK:
+        white = 255 if high <= 255 * (1 + _SLACK) else "the value that is white"
         normalised = low < -_SLACK
-        cause = "pass the image before normalisation; vitfeats normalises it" if normalised else "divide by 255"
+        cause = "pass the image before normalisation; vitfeats normalises it" if normalised else f"divide by {white}"
         raise ImageError(f"expected values in 0..1, got {low:.3g}..{high:.3g}; {cause}")
     return tensor.float()

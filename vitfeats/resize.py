@@ -51,10 +51,24 @@ def spread_map(
     steps_y = (torch.arange(size[0], device=maps.device) + 0.5) * network_h / size[0]
     steps_x = (torch.arange(size[1], device=maps.device) + 0.5) * network_w / size[1]
     y, x = torch.meshgrid(steps_y, steps_x, indexing="ij")
-    position = grid.positions_of(torch.stack([x.flatten(), y.flatten()], 1))
-    extent = position.new_tensor([grid.cols, grid.rows])
-    where = ((position + 0.5) / extent * 2 - 1).view(1, *size, 2).expand(len(maps), -1, -1, -1)
-    return F.grid_sample(maps, where.to(maps.dtype), mode=mode, padding_mode="border", align_corners=False)
+    return sample_map(maps, grid, torch.stack([x.flatten(), y.flatten()], 1), mode).unflatten(2, size)
+
+
+def sample_map(
+    maps: Float[Tensor, "batch dim rows cols"], grid: PatchGrid, points: Float[Tensor, "n 2"], mode: str = "bilinear"
+) -> Float[Tensor, "batch dim n"]:
+    """Read token maps at (x, y) network pixels, the same points for the whole batch, differentiable in the maps.
+
+    Args:
+        maps: One value a token and channel.
+        grid: Where the tokens are; beyond the outermost centres the border value holds.
+        points: (x, y) in network pixels.
+        mode: "bilinear", or "nearest" for the value of the nearest token.
+    """
+    # grid_sample with align_corners=False: −1 and 1 are the outer edges of the outermost cells.
+    where = (grid.positions_of(points) + 0.5) / points.new_tensor([grid.cols, grid.rows]) * 2 - 1
+    where = where.to(maps.dtype).expand(len(maps), 1, -1, -1)
+    return F.grid_sample(maps, where, mode=mode, padding_mode="border", align_corners=False)[:, :, 0]
 
 
 @dataclass(frozen=True)

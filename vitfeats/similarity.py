@@ -10,8 +10,10 @@ from torch import Tensor
 from vitfeats.descriptor import Descriptor, Points
 from vitfeats.errors import ShapeError
 
-CHUNK_BYTES = 64 * 2**20
-"""Most memory that one block of a chunked similarity takes."""
+CHUNK_BYTES = 16 * 2**20
+"""Memory of one block of a chunked similarity: small enough for the maxima over it not to wait for memory, and large
+enough for threads not to wait for each other at the end of each block.
+"""
 
 
 def cosine_similarity(a: Descriptor, b: Descriptor) -> Float[Tensor, "batch tokens_a tokens_b"]:
@@ -61,10 +63,26 @@ def similarity_map(d1: Descriptor, points: Points, d2: Descriptor) -> Float[Tens
 def similarity_blocks(
     a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"], chunk: int | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "rows m"]]]:
-    """Yield ``(first row, block of a @ b.T)`` with at most ``chunk`` rows (None: what fits 64 MiB)."""
-    rows = max(1, CHUNK_BYTES // (b.shape[0] * b.element_size())) if chunk is None else chunk
-    for start in range(0, a.shape[0], rows):
-        yield start, a[start : start + rows] @ b.T
+    """Yield ``(first row, block of a @ b.T)`` with at most ``chunk`` rows (None: :func:`rows_at_a_time`).
+
+    Each block overwrites the one before, so that there is only one in memory, and carries no graph.
+
+    Raises:
+        ShapeError: If ``chunk`` is below 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise ShapeError(f"expected chunk of at least 1, got {chunk}")
+    a, b = a.detach(), b.detach()
+    rows = min(a.shape[0], rows_at_a_time(b) if chunk is None else chunk)
+    buffer = a.new_empty(rows, b.shape[0])
+    for start in range(0, a.shape[0], max(1, rows)):
+        part = a[start : start + rows]
+        yield start, torch.mm(part, b.T, out=buffer[: len(part)])
+
+
+def rows_at_a_time(b: Float[Tensor, "m dim"]) -> int:
+    """Return how many rows of similarities to ``b`` fit ``CHUNK_BYTES``; at least 1."""
+    return max(1, CHUNK_BYTES // (b.shape[0] * b.element_size()))
 
 
 def unit(features: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

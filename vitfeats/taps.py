@@ -1,7 +1,7 @@
 """Taps: which facet of which layer to read. A facet is data: where to hook, and how to read what the hook saw.
 
 A tap is written ``facet@layer``: ``key@11``, ``key@-1``, ``cls@11``; ``out@relu4_1`` where a model names its layers,
-and ``token@up1.res1#25`` where it runs in steps.
+``out@layer2+layer3`` for several of them together, and ``token@up1.res1#25`` where it runs in steps.
 To add a facet, add a row to :data:`FACETS`.
 """
 
@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitfeats.errors import TapError, UnknownFacetError, nearest_names
+from vitfeats.grid import PatchGrid
 
 Site = Literal["query", "key", "value", "block", "attention_output", "query_key"]
 """Places of a transformer block that a hook can read; each architecture says by which module path it is reached."""
 
-_TEXT = re.compile(r"^(?P<facet>[a-z_]+)@(?P<layer>-?\d+|[A-Za-z][\w.]*)(?:#(?P<step>\d+))?$")
+_TEXT = re.compile(r"^(?P<facet>[a-z_]+)@(?P<layer>-?\d+|[A-Za-z][\w.]*(?:\+[A-Za-z][\w.]*)*)(?:#(?P<step>\d+))?$")
 
 
 @dataclass(frozen=True, order=False)
@@ -93,12 +94,10 @@ class TokenLayout:
     Attributes:
         prefix: Number of tokens before the patch tokens.
         has_cls: Whether the first of them is CLS.
-        heads: Number of attention heads.
     """
 
     prefix: int
     has_cls: bool
-    heads: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +108,13 @@ class Reading:
         features: (batch, tokens, dim) of the patch tokens.
         cls: (batch, dim) of the CLS token, or None.
         registers: (batch, r, dim) of the register tokens, or None.
+        grid: The grid that the features lie on; None is the grid of the image's patches.
     """
 
     features: Float[Tensor, "batch tokens dim"]
     cls: Float[Tensor, "batch dim"] | None = None
     registers: Float[Tensor, "batch r dim"] | None = None
+    grid: PatchGrid | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,8 @@ class QueryKey:
         query: (batch, heads, n, d).
         key: (batch, heads, n, d).
         scale: Factor of the dot product before the softmax, usually 1/√d.
-        mask: What is added to the scores, or None.
+        mask: What is added to the scores, such as relative position biases; or booleans, True where a key counts; or
+            None. Broadcast to (batch, heads, n, n).
     """
 
     query: Float[Tensor, "batch heads n d"]
@@ -136,7 +138,9 @@ class QueryKey:
         """Return softmax(q·kᵀ·scale + mask) in float32, for these query rows only, whatever autocast is on."""
         with torch.autocast(self.query.device.type, enabled=False):
             scores = self.query[:, :, rows].float() @ self.key.float().transpose(-2, -1) * self.scale
-            if self.mask is not None:
+            if self.mask is not None and self.mask.dtype == torch.bool:
+                scores = scores.masked_fill(~self.mask[..., rows, :], -torch.inf)
+            elif self.mask is not None:
                 scores = scores + self.mask[..., rows, :].float()
             return scores.softmax(-1)
 
@@ -199,7 +203,9 @@ FACETS: dict[str, Facet] = {
         Facet("token", "block", read_tokens, "the block's output", of_block=True),
         Facet("cls", "block", read_cls, "the CLS token of the block's output", needs_cls=True, of_block=True),
         Facet("attention", "query_key", read_attention, "attention of CLS to every token, per head", needs_cls=True),
-        Facet("out", "attention_output", read_tokens, "the attention's output before the residual add"),
+        Facet(
+            "out", "attention_output", read_tokens, "the attention's output before the residual add; a layer's output"
+        ),
     )
 }
 """Every facet by name."""

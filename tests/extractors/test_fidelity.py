@@ -12,7 +12,7 @@ from families import FAMILIES, build
 
 import vitfeats as vf
 
-TIMM_FUSED = sorted(name for name in FAMILIES if name.startswith("timm"))
+TIMM = sorted(name for name in FAMILIES if name.startswith("timm"))
 HF = sorted(name for name in FAMILIES if name.startswith("hf"))
 
 
@@ -28,21 +28,48 @@ def _recorded(model: torch.nn.Module, path: str, run) -> torch.Tensor:
     return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
 
 
-@pytest.mark.parametrize("family", TIMM_FUSED)
+def _native(model: torch.nn.Module) -> int | tuple[int, int]:
+    """Return the size of the stored positions, where the model's own pass is ours."""
+    return getattr(getattr(model, "patch_embed", None), "img_size", None) or 64
+
+
+def _projected(attention: torch.nn.Module, given: torch.Tensor, third: int) -> torch.Tensor:
+    """Return what an attention module of timm projects, from its weights alone: queries (0), keys (1), values (2)."""
+    letter = "qkv"[third]
+    if attention.qkv is None:
+        return getattr(attention, f"{letter}_proj")(given)
+    bias = attention.qkv.bias
+    if getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    return F.linear(given, attention.qkv.weight, bias).chunk(3, -1)[third]
+
+
+@pytest.mark.parametrize("family", TIMM)
 @pytest.mark.parametrize(("facet", "third"), [("query", 0), ("key", 1), ("value", 2)])
-def test_keys_equal_the_qkv_slice_bit_for_bit(family, facet, third, photo):
+def test_keys_equal_the_projection_bit_for_bit(family, facet, third, photo):
     model = build(family)
-    native = 56 if "dinov2" in family else 64  # the size of the stored positions, where the model's own pass is ours
-    extractor = vf.load_extractor(model, size=(native, native))
+    extractor = vf.load_extractor(model, size=_native(model))
     pixels = extractor.preprocess(photo).pixels
-    whole = _recorded(model, "blocks.1.attn.qkv", lambda: model.forward_features(pixels))
-    dim, prefix = extractor.card.dim, extractor.card.prefix_tokens
-    expected = whole[..., third * dim : (third + 1) * dim]
+    attention = model.blocks[1].attn
+    given = []
+    handle = attention.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
+    with torch.no_grad():
+        model.forward_features(pixels)
+        whole = _projected(attention, given[0], third)
+    handle.remove()
+    expected = whole[:, extractor.card.prefix_tokens :]
     found = extractor(photo, f"{facet}@1")
-    assert torch.equal(found.features, expected[:, prefix:])
+    difference = float((found.features - expected).abs().max())
+    print(f"{family} {facet}: max abs difference {difference}")
+    assert torch.equal(found.features, expected)
     if found.cls is not None:
-        assert torch.equal(found.cls, expected[:, 0])
-    print(f"{family} {facet}: max abs difference {float((found.features - expected[:, prefix:]).abs().max())}")
+        assert torch.equal(found.cls, whole[:, 0])
+
+
+def test_heads_that_share_their_keys_give_fewer_channels(photo):
+    """Grouped-query attention: block 1 of this model has 2 heads of keys and values for 4 of queries."""
+    found = vf.load_extractor(build("timm-sapiens2"), size=64)(photo, ["query@1", "key@1", "value@1", "key@0"])
+    assert [(d.dim, d.heads) for d in found.values()] == [(48, 4), (24, 2), (24, 2), (48, 4)]
 
 
 def test_keys_are_head_major():
@@ -56,11 +83,10 @@ def test_keys_are_head_major():
     assert torch.equal(heads.transpose(1, 2), normed[:, :, 1:])
 
 
-@pytest.mark.parametrize("family", TIMM_FUSED)
+@pytest.mark.parametrize("family", TIMM)
 def test_tokens_equal_timms_own_intermediates(family, photo):
     model = build(family)
-    native = 56 if "dinov2" in family else 64  # at the size of the stored embedding all position rules agree
-    extractor = vf.load_extractor(model, size=(native, native))
+    extractor = vf.load_extractor(model, size=_native(model))
     pixels = extractor.preprocess(photo).pixels
     prefix = extractor.card.prefix_tokens
     for norm in (False, True):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vitfeats.card import ModelCard
 from vitfeats.descriptor import Descriptor, Descriptors
-from vitfeats.errors import ConfigError
+from vitfeats.errors import ConfigError, ShapeError, UnknownFacetError
 from vitfeats.grid import Frame, PatchGrid, Size
-from vitfeats.preprocess import ImageLike, Images, Prepared, Preprocess, load_image
+from vitfeats.preprocess import ImageLike, Images, Prepared, Preprocess, is_out_of_memory, load_image
 from vitfeats.taps import Reading, Tap
 
 T = TypeVar("T")
@@ -30,6 +30,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class Extractor(ABC):
     """Reads taps of one network at one size. To support a new kind of network, write :meth:`read` and :meth:`resolve`.
+
+    A subclass is made as ``Kind(model, card, preprocess, dtype=…)``; whatever other keyword settings it takes,
+    ``load_extractor`` passes on.
 
     An extractor holds no state between calls and may be called from several threads at once.
 
@@ -68,12 +71,24 @@ class Extractor(ABC):
         Called with grad mode and autocast set. Must leave the model as it was, whatever is raised.
         """
 
-    @abstractmethod
+    @property
+    def overlaps(self) -> bool:
+        """Whether tokens may overlap: whether a stride smaller than the patch can be read."""
+        return True
+
     def attention(self, images: Images, layer: int) -> Float[Tensor, "batch heads n n"]:
         """Return the whole attention matrix of a block, prefix tokens first, rows summing to 1, in float32.
 
         Memory is batch · heads · n² · 4 bytes: 28 MB for one image of 785 tokens and 12 heads.
+
+        Raises:
+            UnknownFacetError: If the model has no attention over tokens.
+            TapError: If it has no such block.
         """
+        raise UnknownFacetError(
+            f"expected a model with attention over tokens, got {self.card.name} ({type(self).__name__}); "
+            f"it can be read at '{self.card.usual_tap}'"
+        )
 
     @overload
     def __call__(self, images: Images, taps: str | Tap | None = None) -> Descriptor: ...
@@ -185,13 +200,26 @@ class Extractor(ABC):
 
         The grad mode is on only where an image requires gradients. ``no_grad`` and not ``inference_mode``: what is
         extracted may enter a graph later, as the target of a loss.
+
+        Raises:
+            ImageError, ShapeError: If the images do not do, or do not fit in memory.
         """
-        batch = self.preprocess(images, self.device)
-        wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
-        with torch.set_grad_enabled(wanted), self._precision():
-            if self.autocast is None:
-                batch = Prepared(batch.pixels.to(self._input_dtype), batch.grid, batch.frames)
-            return work(batch), batch
+        batch = None
+        try:
+            batch = self.preprocess(images, self.device)
+            wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
+            with torch.set_grad_enabled(wanted), self._precision():
+                if self.autocast is None:
+                    batch = Prepared(batch.pixels.to(self._input_dtype), batch.grid, batch.frames)
+                return work(batch), batch
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = f"images at size={self.preprocess.size}" if batch is None else str(batch)
+            raise ShapeError(
+                f"expected images that fit in the memory of {self.device}, got {what}; lower size= or the number of "
+                "images (batch_size= of ex.each), raise stride=, or load with dtype='bfloat16'"
+            ) from error
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:  # full precision also inside somebody's autocast region
@@ -199,13 +227,19 @@ class Extractor(ABC):
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def _descriptor(self, tap: Tap, reading: Reading, batch: Prepared) -> Descriptor:
-        grid = batch.grid
+        grid = batch.grid if reading.grid is None else reading.grid
         if tap.facet == "cls":  # one token that stands for the whole image
             size = batch.frames[0].network_size
             grid = PatchGrid(1, 1, size, size)
-        heads = None if tap.facet == "attention" else self.card.heads
+        heads = None if tap.facet == "attention" else self._heads(reading.features.shape[-1])
         frames: tuple[Frame, ...] = batch.frames
         return Descriptor(reading.features, grid, frames, tap, self.card.name, reading.cls, reading.registers, heads)
+
+    def _heads(self, dim: int) -> int | None:
+        """Return how many heads share ``dim`` channels: fewer than the card's where heads share their keys."""
+        if self.card.heads is None:
+            return None
+        return dim // (self.card.dim // self.card.heads)
 
 
 def autocast_type(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:

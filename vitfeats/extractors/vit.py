@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from vitfeats.card import ModelCard
 from vitfeats.errors import ConfigError, ShapeError, TapError, UnknownFacetError
 from vitfeats.extractors.base import Extractor
-from vitfeats.grid import PatchGrid, as_pair
+from vitfeats.grid import PatchGrid, Size, as_pair
 from vitfeats.hooks import Handler, Probe, Substitute, capture, find_module, unwrapped
 from vitfeats.preprocess import Images, Prepared, Preprocess
 from vitfeats.resize import resize_positions
 from vitfeats.taps import FACETS, QueryKey, Reading, Site, Tap
 
 Rope = Literal["pre", "post"]
+
+_PROJECTIONS = ("query", "key", "value")  # in the order of a fused projection, and of an attention call
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ class Anatomy:
         block: A transformer block; its output is the facet ``token``.
         attention: Its attention module; its output, before the residual add, is the facet ``out``.
         qkv: One fused projection whose output is (batch, n, 3·dim): queries, keys, values; or None.
-        query, key, value: Three projections with outputs (batch, n, dim), where there is no fused one.
-        query_norm, key_norm: Modules that normalise queries and keys, (batch, heads, n, d) out; or None.
+        query, key, value: Three projections with outputs (batch, n, dim), where there is no fused one. Where there is
+            neither (BEiT, EVA-02 and DINOv3's ``_qkvb`` use the projection's weight and go around the module), queries
+            and keys are read where they enter their norms, values where they enter the attention.
+        query_norm, key_norm: Modules that normalise queries and keys, (batch, heads, n, d) in and out, or identities
+            that stand in their place; or None.
         final_norm: The norm after the last block, or None.
         patch_projection: The strided convolution that makes the patch tokens.
         patch_input_positions: A module that derives rotary positions from the *image's* size, or None.
@@ -40,7 +45,7 @@ class Anatomy:
         arguments: Keyword arguments that the entry needs.
 
     Raises:
-        ConfigError: If there is neither ``qkv`` nor all of ``query``, ``key`` and ``value``.
+        ConfigError: If some of ``query``, ``key`` and ``value`` are named and some are not.
     """
 
     block: str
@@ -59,11 +64,12 @@ class Anatomy:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse an anatomy without projections."""
-        if self.qkv is None and None in (self.query, self.key, self.value):
+        """Refuse an anatomy with some of the projections."""
+        separate = (self.query, self.key, self.value)
+        if self.qkv is None and None in separate and separate != (None, None, None):
             raise ConfigError(
-                "expected the path of one fused projection, qkv=, or of three, query=, key= and value=, got "
-                f"query={self.query!r}, key={self.key!r}, value={self.value!r}"
+                "expected the path of one fused projection, qkv=, or of three, query=, key= and value=, or of none, "
+                f"got query={self.query!r}, key={self.key!r}, value={self.value!r}"
             )
 
 
@@ -105,10 +111,10 @@ class ViTExtractor(Extractor):
         self.anatomy = find_anatomy(unwrapped(model)) if anatomy is None else anatomy
         self.norm, self.norm_qk, self.rope = norm, norm_qk, rope
         root = unwrapped(model)
-        has_norm_qk = self.anatomy.key_norm is not None
+        self._norms_qk = _has_norm(root, self.anatomy.key_norm)
         if rope not in ("pre", "post"):
             raise ConfigError(f"expected rope 'pre' or 'post', got {rope!r}")
-        if rope == "post" and self.anatomy.rotary and has_norm_qk and not norm_qk:
+        if rope == "post" and self.anatomy.rotary and self._norms_qk and not norm_qk:
             raise ConfigError(
                 "expected norm_qk=True with rope='post': this model rotates keys after it has normed them"
             )
@@ -118,6 +124,11 @@ class ViTExtractor(Extractor):
                 "leave norm=False"
             )
         self._projection = find_module(root, self.anatomy.patch_projection)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether one convolution makes the patches, for images of any size."""
+        return self._has_patch_convolution() and _only_size(unwrapped(self.model)) is None
 
     def resolve(self, tap: Tap) -> Tap:
         """Return the tap with its block counted from the start."""
@@ -187,25 +198,31 @@ class ViTExtractor(Extractor):
             return (anatomy.attention.format(layer), "output"), _same
         if site == "query_key":
             return self._query_key_place(layer)
-        if site != "value":
-            if self.rope == "post" and anatomy.rotary:
-                position = 0 if site == "query" else 1
-                return (anatomy.attention.format(layer), "attention"), lambda seen: _joined(_argument(seen, position))
-            normed = anatomy.query_norm if site == "query" else anatomy.key_norm
-            if self.norm_qk and normed is not None:
-                return (normed.format(layer), "output"), _joined
+        normed = anatomy.query_norm if site == "query" else anatomy.key_norm if site == "key" else None
+        if site != "value" and self.rope == "post" and anatomy.rotary:
+            return self._attention_place(site, layer)
+        if self.norm_qk and normed is not None:
+            return (normed.format(layer), "output"), _joined
+        if anatomy.qkv is None and anatomy.key is None:
+            return self._attention_place(site, layer) if normed is None else ((normed.format(layer), "input"), _joined)
         return self._projection_place(site, layer)
+
+    def _attention_place(self, site: Site, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], Any]]:
+        position = _PROJECTIONS.index(site)
+        path = self.anatomy.attention.format(layer)
+        return (path, "attention"), lambda seen: _joined(_argument(seen, position))
 
     def _projection_place(self, site: Site, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], Any]]:
         if self.anatomy.qkv is not None:
-            third = ("query", "key", "value").index(site)
+            third = _PROJECTIONS.index(site)
             return (self.anatomy.qkv.format(layer), "output"), lambda seen: _fused(seen).select(2, third)
         path = getattr(self.anatomy, site)
         return (path.format(layer), "output"), _same
 
     def _query_key_place(self, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], QueryKey]]:
         anatomy, heads = self.anatomy, self.card.heads
-        if anatomy.qkv is not None and not anatomy.rotary and anatomy.key_norm is None:
+        assert heads is not None  # a card with numbered blocks has them
+        if anatomy.qkv is not None and not anatomy.rotary and not self._norms_qk:
             attention = find_module(unwrapped(self.model), anatomy.attention.format(layer))
             scale = float(getattr(attention, "scale", (self.card.dim // heads) ** -0.5))
 
@@ -227,18 +244,24 @@ class ViTExtractor(Extractor):
     # What is done differently from the model's own pass ----------------------------------------------------------
 
     def _check_size(self, root: nn.Module, batch: Prepared) -> None:
-        # timm builds models for one size unless told otherwise, and then fails by an assertion deep inside.
-        embed = getattr(root, "patch_embed", None)
-        fixed = getattr(embed, "img_size", None)
-        in_timm = type(root).__module__.startswith("timm.")
-        if fixed is None or getattr(root, "dynamic_img_size", not in_timm):
+        overlapping = self.preprocess.stride != self.card.patch
+        if overlapping and not self._has_patch_convolution():
+            raise ConfigError(
+                f"expected stride {self.card.patch} (the patch) for {self.card.name}, got {self.preprocess.stride}: it "
+                "does not make its patches with one convolution, so they cannot overlap"
+            )
+        fixed = _only_size(root)
+        if fixed is None:
             return
         size = batch.grid.network_size
-        if tuple(fixed) != size or self.preprocess.stride != self.card.patch:
+        if fixed != size or overlapping:
             raise ShapeError(
-                f"expected images of {tuple(fixed)} (height, width) without overlap for this module, got {size} at "
-                f"stride {self.preprocess.stride}; create it with dynamic_img_size=True to use other sizes"
+                f"expected images of {fixed} (height, width) without overlap for this module, got {size} at "
+                f"stride {self.preprocess.stride}; create it with dynamic_img_size=True (BEiT: img_size=) to use others"
             )
+
+    def _has_patch_convolution(self) -> bool:
+        return getattr(self._projection, "kernel_size", None) == as_pair(self.card.patch)
 
     def _handlers(self, grid: PatchGrid) -> dict[Callable[..., Any], Handler]:
         handlers: dict[Callable[..., Any], Handler] = {}
@@ -285,33 +308,62 @@ class ViTExtractor(Extractor):
 
 # Finding the parts of a model ---------------------------------------------------------------------------------------
 
+# Other attention modules of timm have the same parts, but cut tokens into windows (Hiera, SAM), attend over channels
+# (XCiT) or twice (DiffAttention): what is read there would not be what its name says.
+_TIMM_ATTENTION = {
+    ("timm.layers.attention", "Attention"),
+    ("timm.layers.attention", "AttentionRope"),
+    ("timm.models.vision_transformer", "Attention"),
+    ("timm.models.eva", "EvaAttention"),
+    ("timm.models.beit", "Attention"),
+}
+
 
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a timm or transformers vision transformer by its structure.
 
     Raises:
-        ConfigError: If its build is not known; the message says how to describe it.
+        ConfigError: If its build is not known, or it has no tokens that keep their place from block to block; the
+            message says which, and how to describe the model if it is another build.
     """
-    if isinstance(getattr(model, "blocks", None), nn.ModuleList | nn.Sequential) and hasattr(model, "patch_embed"):
+    if is_timm_transformer(model):
         return _timm_anatomy(model)
     if hasattr(model, "config"):
         return _transformers_anatomy(model)
     raise _unknown_build(model, "it has neither `blocks` and `patch_embed` (timm) nor a `config` (transformers)")
 
 
+def is_timm_transformer(model: nn.Module) -> bool:
+    """Tell whether a module has the parts of timm's transformers; not whether each of its taps can be read."""
+    in_blocks = isinstance(getattr(model, "blocks", None), nn.ModuleList | nn.Sequential)
+    return in_blocks and any(hasattr(model, name) for name in ("patch_embed", "embeds"))
+
+
 def _timm_anatomy(model: nn.Module) -> Anatomy:
     blocks: Any = model.blocks
     attention = getattr(blocks[0], "attn", None)
-    if attention is None or not isinstance(getattr(attention, "qkv", None), nn.Module):
-        raise _unknown_build(model, "its blocks have no `attn.qkv`")
-    normed = not isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
+    kind = type(attention)
+    if kind.__module__.startswith("timm.") and (kind.__module__, kind.__name__) not in _TIMM_ATTENTION:
+        raise _unknown_build(model, f"its blocks attend in their own way ({kind.__name__}), not over one row of tokens")
+    if not any(isinstance(getattr(attention, name, None), nn.Module) for name in ("qkv", "k_proj")):
+        raise _unknown_build(model, "its blocks have no `attn.qkv` and no `attn.k_proj`")
+
+    def path(name: str) -> str | None:
+        return f"blocks.{{}}.attn.{name}" if isinstance(getattr(attention, name, None), nn.Module) else None
+
+    # With biases of their own, the projection's weight is used without the module: its hook would never fire.
+    bypassed = getattr(attention, "q_bias", None) is not None
     return Anatomy(
         block="blocks.{}",
         attention="blocks.{}.attn",
-        qkv="blocks.{}.attn.qkv",
-        query_norm="blocks.{}.attn.q_norm" if normed else None,
-        key_norm="blocks.{}.attn.k_norm" if normed else None,
+        qkv=None if bypassed else path("qkv"),
+        query=path("q_proj"),
+        key=path("k_proj"),
+        value=path("v_proj"),
+        query_norm=path("q_norm"),
+        key_norm=path("k_norm"),
         final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
+        patch_projection="patch_embed.proj" if hasattr(model, "patch_embed") else "embeds.proj",
         rotary=getattr(model, "rope", None) is not None,
         entry="forward_features" if hasattr(model, "forward_features") else "forward",
     )
@@ -352,8 +404,19 @@ def _transformers_anatomy(model: nn.Module) -> Anatomy:
 def _unknown_build(model: nn.Module, why: str) -> ConfigError:
     return ConfigError(
         f"expected a vision transformer built as in timm or transformers, got {type(model).__name__}: {why}; "
-        "describe it with anatomy=Anatomy(block='…{}', attention='…', key='…', …)"
+        "if it is one of another build, describe it with anatomy=Anatomy(block='…{}', attention='…', key='…', …)"
     )
+
+
+def _only_size(root: nn.Module) -> Size | None:
+    """Return the one size that a network takes: timm builds for one size unless told otherwise."""
+    fixed = getattr(getattr(root, "patch_embed", None), "img_size", None)
+    in_timm = type(root).__module__.startswith("timm.")
+    return None if fixed is None or getattr(root, "dynamic_img_size", not in_timm) else tuple(fixed)
+
+
+def _has_norm(root: nn.Module, path: str | None) -> bool:
+    return path is not None and not isinstance(find_module(root, path.format(0)), nn.Identity)
 
 
 # What the hooks see -------------------------------------------------------------------------------------------------
@@ -376,7 +439,7 @@ def _joined(seen: Tensor) -> Float[Tensor, "batch n dim"]:
 def _argument(seen: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> Tensor:
     """Return query (0), key (1) or value (2) of a scaled-dot-product attention call."""
     args, kwargs = seen
-    return args[position] if position < len(args) else kwargs[("query", "key", "value")[position]]
+    return args[position] if position < len(args) else kwargs[_PROJECTIONS[position]]
 
 
 def _query_key(seen: tuple[tuple[Any, ...], dict[str, Any]]) -> QueryKey:
