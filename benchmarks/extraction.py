@@ -1,21 +1,23 @@
-"""Extraction against the two libraries' own ways to the same layer: ViT-S/16, batch 8, 224 px, on the CPU.
+"""Extraction against three libraries' own ways to the same layer: ViT-S/16, batch 8, 224 px, on the CPU.
 
 The peers run on the same weights, in turns with ours, and the median of the paired ratios is printed. The ceiling is
-what the multiply-adds of the network allow: the whole pass (as the peer runs it) over the part up to the tap.
+what the multiply-adds of the network allow: the pass as the peer runs it over the part up to the tap. timm's and
+transformers' ways run the whole network; torchvision's is traced once and cut behind the layer. Ours also prepares the
+images in the timed call.
 
     python benchmarks/extraction.py
 """
 
 import argparse
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 import transformers
+from measuring import Row, paired, show, threads
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import vitfeats as vf
 
@@ -29,79 +31,83 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=41, help="paired runs")
     parser.add_argument("--batch", type=int, default=8, help="images")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    images = torch.rand(options.batch, 3, 224, 224)
     print(f"ViT-S/16, batch {options.batch}, 224 px, {options.threads} threads, {options.runs} paired runs\n")
-    print(f"{'what':58} {'ratio':>6} {'ceiling':>8}   ours ms   peer ms")
-
-    model = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0, dynamic_img_size=True).eval()
-    model.requires_grad_(False)
-    ours = vf.load_extractor(model, device="auto")
-    pixels = ours.preprocess(images).pixels
-    for layer in (11, 5):
-        timm_peer = _timm_peer(model, pixels, layer)
-        ratio(
-            f"key@{layer} against timm forward_intermediates",
-            lambda t=f"key@{layer}": ours(images, t),
-            timm_peer,
-            options.runs,
-            ceiling(layer),
-        )
-
-    reference = transformers.ViTModel(_small(), add_pooling_layer=False).eval().requires_grad_(False)
-    plain = transformers.ViTModel(_small(), add_pooling_layer=False).eval().requires_grad_(False)
-    plain.load_state_dict(reference.state_dict())  # output_hidden_states leaves hooks: the peer has its own instance
-    hf = vf.load_extractor(plain)
-    for layer in (11, 5):
-
-        def peer(layer: int = layer) -> torch.Tensor:
-            with torch.no_grad():
-                return reference(pixel_values=pixels, output_hidden_states=True).hidden_states[layer + 1]
-
-        ratio(
-            f"key@{layer} against transformers output_hidden_states",
-            lambda t=f"key@{layer}": hf(images, t),
-            peer,
-            options.runs,
-            ceiling(layer),
-        )
-
-    three = ["key@11", "token@9", "cls@5"]
-    ratio(
-        "deepest alone (key@11) against three taps in one call",
-        lambda: ours(images, three),
-        lambda: ours(images, "key@11"),
-        options.runs,
-        1.0,
-        invert=True,
-    )
+    show(rows(runs=options.runs, batch=options.batch, number=options.threads))
     print(f"\npeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
-def ratio(
-    name: str,
-    ours: Callable[[], object],
-    peer: Callable[[], object],
-    runs: int,
-    ceiling: float,
-    *,
-    invert: bool = False,
-) -> None:
-    """Run both in turns and print the median of the paired ratios peer/ours (ours/peer with ``invert``)."""
-    for _ in range(3):
-        ours()
-        peer()
-    mine, theirs = [], []
-    for run in range(runs):
-        for which in (0, 1) if run % 2 else (1, 0):  # neither always goes first
-            start = time.perf_counter()
-            (ours, peer)[which]()
-            (mine, theirs)[which].append(time.perf_counter() - start)
-    pairs = [b / a for a, b in zip(mine, theirs, strict=True)]
-    value = statistics.median([1 / p for p in pairs] if invert else pairs)
-    milliseconds = [1e3 * statistics.median(times) for times in (mine, theirs)]
-    print(f"{name:58} {value:6.3f} {ceiling:8.3f}  {milliseconds[0]:8.1f}  {milliseconds[1]:8.1f}")
+def rows(*, runs: int = 41, batch: int = 8, number: int = 2) -> list[Row]:
+    """Return the comparisons, on a number of threads."""
+    torch.manual_seed(0)
+    images = torch.rand(batch, 3, 224, 224)
+    with threads(number):
+        return [*_against_timm(images, runs), *_against_transformers(images, runs), *_against_torchvision(images, runs)]
+
+
+def _against_timm(images: torch.Tensor, runs: int) -> list[Row]:
+    model = _timm(dynamic_img_size=True)
+    ours = vf.load_extractor(model, device="auto")
+    pixels = ours.preprocess(images).pixels
+    found = [
+        _row(
+            f"key@{layer}: timm forward_intermediates / ours",
+            lambda tap=f"key@{layer}": ours(images, tap),
+            lambda layer=layer: _no_grad(
+                lambda: model.forward_intermediates(pixels, indices=[layer], output_fmt="NLC", intermediates_only=True)
+            ),
+            runs,
+            ceiling(layer),
+        )
+        for layer in (11, 5)
+    ]
+    three = ["key@11", "token@9", "cls@5"]
+    together = paired(lambda: ours(images, three), lambda: ours(images, "key@11"), runs)
+    return [
+        *found,
+        Row("three taps in one call / the deepest alone", f"{together.ratio:.3f}", "1 (ceiling)", *together.times),
+    ]
+
+
+def _against_transformers(images: torch.Tensor, runs: int) -> list[Row]:
+    reference, plain = (transformers.ViTModel(_small(), add_pooling_layer=False).eval() for _ in range(2))
+    plain.load_state_dict(reference.state_dict())  # output_hidden_states leaves hooks: the peer has its own instance
+    ours = vf.load_extractor(plain.requires_grad_(False))
+    pixels = ours.preprocess(images).pixels
+    return [
+        _row(
+            f"key@{layer}: transformers output_hidden_states / ours",
+            lambda tap=f"key@{layer}": ours(images, tap),
+            lambda: _no_grad(lambda: reference(pixel_values=pixels, output_hidden_states=True)),
+            runs,
+            ceiling(layer),
+        )
+        for layer in (11, 5)
+    ]
+
+
+def _against_torchvision(images: torch.Tensor, runs: int) -> list[Row]:
+    """The peer traces the network once and cuts it behind the layer, so nothing is to be gained beyond 1."""
+    model = _timm()
+    ours = vf.load_extractor(model)
+    pixels = ours.preprocess(images).pixels
+    found = []
+    for layer in (11, 5):
+        cut = create_feature_extractor(model, [f"blocks.{layer}.attn.qkv"])
+        found.append(
+            _row(
+                f"key@{layer}: torchvision create_feature_extractor / ours",
+                lambda tap=f"key@{layer}": ours(images, tap),
+                lambda cut=cut: _no_grad(lambda: cut(pixels)),
+                runs,
+                1.0,
+            )
+        )
+    return found
+
+
+def _row(what: str, ours: Callable[[], object], peer: Callable[[], object], runs: int, most: float) -> Row:
+    measured = paired(ours, peer, runs)
+    return Row(what, f"{1 / measured.ratio:.3f}", f"{most:.3f} (ceiling)", *measured.times)
 
 
 def ceiling(layer: int) -> float:
@@ -112,12 +118,14 @@ def ceiling(layer: int) -> float:
     return (embed + DEPTH * block) / (embed + layer * block + projections)
 
 
-def _timm_peer(model: Any, pixels: torch.Tensor, layer: int) -> Callable[[], object]:
-    def peer() -> object:
-        with torch.no_grad():
-            return model.forward_intermediates(pixels, indices=[layer], output_fmt="NLC", intermediates_only=True)
+def _no_grad(work: Callable[[], object]) -> object:
+    with torch.no_grad():
+        return work()
 
-    return peer
+
+def _timm(**options: Any) -> Any:
+    model = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0, **options)
+    return model.eval().requires_grad_(False)
 
 
 def _small() -> transformers.ViTConfig:

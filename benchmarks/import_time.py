@@ -9,23 +9,35 @@ import subprocess
 import sys
 import time
 
+from measuring import Row, milliseconds, show
+
 
 def main() -> None:
-    """Print the medians and what was imported."""
+    """Print the medians."""
+    show(rows())
+
+
+def rows() -> list[Row]:
+    """Return the times beyond those of the bare interpreter; the peer of both is `import torch`."""
     bare = _median([sys.executable, "-c", "pass"])
-    package = _median([sys.executable, "-c", "import vitfeats"])
-    torch = _median([sys.executable, "-c", "import torch"], runs=3)
-    script = shutil.which("vitfeats") or "vitfeats"
-    command = _median([script, "--help"])
-    found = subprocess.run(
+    torch = _median([sys.executable, "-c", "import torch"], runs=3) - bare
+    package = _median([sys.executable, "-c", "import vitfeats"]) - bare
+    command = _median([shutil.which("vitfeats") or "vitfeats", "--help"]) - bare
+    loaded = subprocess.run(
         [sys.executable, "-c", "import sys, vitfeats; print('torch' in sys.modules)"], capture_output=True, text=True
     ).stdout.strip()
-    print(f"bare interpreter          {bare:.3f} s")
-    print(f"import vitfeats           {package - bare:.3f} s more ({package:.3f} s in all); torch loaded: {found}")
-    print(
-        f"import torch, the peer    {torch - bare:.3f} s more; ratio {(torch - bare) / max(package - bare, 1e-3):.0f}"
-    )
-    print(f"vitfeats --help           {command:.3f} s in all")
+    if loaded != "False":
+        raise AssertionError("expected `import vitfeats` without torch")
+    return [
+        Row(
+            f"{what}: import torch / ours",
+            f"{torch / max(ours, 1e-3):.0f}",
+            bar,
+            milliseconds(ours),
+            milliseconds(torch),
+        )
+        for what, ours, bar in (("import vitfeats", package, "none"), ("vitfeats --help", command, "ours ≤ 500 ms"))
+    ]
 
 
 def _median(command: list[str], runs: int = 11) -> float:

@@ -9,12 +9,10 @@ the timed call. The two sides run in turns, and ratios are medians of the paired
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from measuring import Row, described, paired, show, threads
 
 import vitfeats as vf
 
@@ -30,16 +28,12 @@ def main() -> None:
     options = parser.parse_args()
     side, runs = (14, 3) if options.fast else (55, options.runs)
     print(f"{side}×{side} tokens of 384, {options.threads} threads, {runs} paired runs\n")
-    print(f"{'what':44} {'ratio':>7} {'bar':>7} {'ours':>10} {'peer':>10}")
-    for what, ratio, bar, ours, peer in rows(side=side, runs=runs, threads=options.threads):
-        print(f"{what:44} {ratio:>7} {bar:>7} {ours:>10} {peer:>10}")
+    show(rows(side=side, runs=runs, number=options.threads))
 
 
-def rows(*, side: int = 55, dim: int = 384, runs: int = 21, threads: int = 1) -> list[tuple[str, ...]]:
-    """Return (what, ratio, bar, ours, peer) for each comparison; a bar says which side of it is good."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def rows(*, side: int = 55, dim: int = 384, runs: int = 21, number: int = 1) -> list[Row]:
+    """Return the comparisons, on a number of threads; a bar says which side of it is good."""
+    with threads(number):
         d = described(side, dim)
         result = vf.log_bin(d, hierarchy=HIERARCHY).features
         difference = (result - loop(d)).abs().max()
@@ -47,19 +41,10 @@ def rows(*, side: int = 55, dim: int = 384, runs: int = 21, threads: int = 1) ->
             raise AssertionError(f"expected the loop's result, got one that differs by {difference}")
         against_loop = paired(lambda: vf.log_bin(d), lambda: loop(d), max(3, runs // 3))
         against_writing = paired(lambda: vf.log_bin(d), lambda: torch.empty_like(result).copy_(result), runs)
-    finally:
-        torch.set_num_threads(before)
     return [
-        ("log_bin: the loop over pixels / ours", f"{1 / against_loop[0]:.1f}", "≥ 5", *shown(against_loop)),
-        ("log_bin: ours / writing the result", f"{against_writing[0]:.2f}", "≤ 2", *shown(against_writing)),
+        Row("log_bin: the loop over pixels / ours", f"{1 / against_loop.ratio:.1f}", "≥ 5", *against_loop.times),
+        Row("log_bin: ours / writing the result", f"{against_writing.ratio:.2f}", "≤ 2", *against_writing.times),
     ]
-
-
-def described(side: int, dim: int) -> vf.Descriptor:
-    """Return a descriptor of random features on a square grid."""
-    grid = vf.PatchGrid(side, side, 8, 4)
-    features = torch.randn(1, grid.tokens, dim, generator=torch.Generator().manual_seed(0))
-    return vf.Descriptor(features, grid, (vf.Frame(grid.network_size, grid.network_size),), vf.Tap("key", 9), "numbers")
 
 
 def loop(d: vf.Descriptor) -> torch.Tensor:
@@ -83,24 +68,6 @@ def loop(d: vf.Descriptor) -> torch.Tensor:
                 y, x = min(max(row + down, 0), side - 1), min(max(col + across, 0), side - 1)
                 out[:, row, col, number * dim : (number + 1) * dim] = maps[k][:, y, x]
     return out.flatten(1, 2)
-
-
-def paired(ours: Callable[[], object], peer: Callable[[], object], runs: int) -> tuple[float, float, float]:
-    """Run both in turns; return (median of the ratios ours/peer, median seconds of ours, of the peer)."""
-    both, times = (ours, peer), ([], [])
-    for run in range(runs + 2):
-        for which in (0, 1) if run % 2 else (1, 0):  # neither always goes first
-            start = time.perf_counter()
-            both[which]()
-            times[which].append(time.perf_counter() - start)
-    mine, theirs = (kept[2:] for kept in times)  # the first two warm up
-    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-    return ratio, statistics.median(mine), statistics.median(theirs)
-
-
-def shown(measured: tuple[float, float, float]) -> tuple[str, str]:
-    """Return both times in milliseconds, as text."""
-    return f"{1e3 * measured[1]:.1f} ms", f"{1e3 * measured[2]:.1f} ms"
 
 
 if __name__ == "__main__":

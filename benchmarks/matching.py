@@ -15,14 +15,13 @@ size before it, in a new process for each chunk, after a small call that loads w
 
 import argparse
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import Row, described, paired, show, threads
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
@@ -47,26 +46,19 @@ def main() -> None:
         print(peak(side, options.memory or None))
         return
     print(f"{side * side} × {side * side} tokens of {DIM}, {options.threads} threads, {runs} paired runs\n")
-    print(f"{'what':62} {'ratio':>6} {'bar or ceiling':>15} {'ours':>10} {'peer':>10}")
-    for what, ratio, bar, ours, peer in rows(side=side, runs=runs, threads=options.threads):
-        print(f"{what:62} {ratio:>6} {bar:>15} {ours:>10} {peer:>10}")
+    show(rows(side=side, runs=runs, number=options.threads))
 
 
-def rows(*, side: int = SIDE, runs: int = 21, threads: int = 1) -> list[tuple[str, ...]]:
-    """Return (what, ratio, bar or ceiling, ours, peer) for each comparison; a bar says which side of it is good."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with threadpool_limits(threads):
-            times = _times(side, runs)
-    finally:
-        torch.set_num_threads(before)
-    return times + [_memory(side, chunk, threads) for chunk in CHUNKS]
+def rows(*, side: int = SIDE, runs: int = 21, number: int = 1) -> list[Row]:
+    """Return the comparisons, on a number of threads; a bar says which side of it is good."""
+    with threads(number), threadpool_limits(number):
+        times = _times(side, runs)
+    return times + [_memory(side, chunk, number) for chunk in CHUNKS]
 
 
 def peak(side: int, chunk: int | None) -> float:
     """Return the megabytes that a call of match_mutual adds at most to the resident size of this process."""
-    small, a, b = described(8, 0), described(side, 0), described(side, 1)
+    small, a, b = described(8, DIM), described(side, DIM), described(side, DIM, 1)
     vf.match_mutual(small, small)
     Path("/proc/self/clear_refs").write_text("5")
     start = _resident("VmRSS")
@@ -74,39 +66,19 @@ def peak(side: int, chunk: int | None) -> float:
     return (_resident("VmHWM") - start) / MB
 
 
-def described(side: int, seed: int) -> vf.Descriptor:
-    """Return a descriptor of random features on a square grid."""
-    grid = vf.PatchGrid(side, side, 8, 4)
-    features = torch.randn(1, grid.tokens, DIM, generator=torch.Generator().manual_seed(seed))
-    return vf.Descriptor(features, grid, (vf.Frame(grid.network_size, grid.network_size),), vf.Tap("key", 9), "numbers")
-
-
-def paired(ours: Callable[[], object], peer: Callable[[], object], runs: int) -> tuple[float, float, float]:
-    """Run both in turns; return (median of the ratios ours/peer, median seconds of ours, of the peer)."""
-    both, times = (ours, peer), ([], [])
-    for run in range(runs + 2):
-        for which in (0, 1) if run % 2 else (1, 0):  # neither always goes first
-            start = time.perf_counter()
-            both[which]()
-            times[which].append(time.perf_counter() - start)
-    mine, theirs = (kept[2:] for kept in times)  # the first two warm up
-    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-    return ratio, statistics.median(mine), statistics.median(theirs)
-
-
-def _times(side: int, runs: int) -> list[tuple[str, ...]]:
-    a, b = described(side, 0), described(side, 1)
+def _times(side: int, runs: int) -> list[Row]:
+    a, b = described(side, DIM), described(side, DIM, 1)
     left, right = (torch.nn.functional.normalize(d.features[0], dim=1) for d in (a, b))
     found = []
     for name, ours in (("match_mutual", vf.match_mutual), ("match_ratio", vf.match_ratio)):
-        value, mine, product = paired(lambda ours=ours: ours(a, b), lambda: left @ right.T, runs)
+        measured = paired(lambda ours=ours: ours(a, b), lambda: left @ right.T, runs)
         bar = "≤ 2" if name == "match_mutual" else "none"
-        found.append((f"{name}: ours / one matrix product", f"{value:.2f}", bar, _ms(mine), _ms(product)))
+        found.append(Row(f"{name}: ours / one matrix product", f"{measured.ratio:.2f}", bar, *measured.times))
     ready = torch.empty(len(left), len(right))
     for name, ours, peer in _libraries(a, b):
-        value, mine, theirs = paired(ours, peer, max(3, runs // 3))
-        ceiling, _, _ = paired(peer, lambda: torch.mm(left, right.T, out=ready), max(3, runs // 3))
-        found.append((f"{name} / ours", f"{1 / value:.2f}", f"{ceiling:.2f} (ceiling)", _ms(mine), _ms(theirs)))
+        measured = paired(ours, peer, max(3, runs // 3))
+        ceiling = paired(peer, lambda: torch.mm(left, right.T, out=ready), max(3, runs // 3)).ratio
+        found.append(Row(f"{name} / ours", f"{1 / measured.ratio:.2f}", f"{ceiling:.2f} (ceiling)", *measured.times))
     return found
 
 
@@ -145,9 +117,9 @@ def _libraries(a: vf.Descriptor, b: vf.Descriptor) -> list[tuple[str, Callable[[
     ]
 
 
-def _memory(side: int, chunk: int | None, threads: int) -> tuple[str, ...]:
+def _memory(side: int, chunk: int | None, number: int) -> Row:
     """Return the row of the memory of one chunk, measured in a new process."""
-    command = [sys.executable, __file__, "--memory", str(chunk or 0), "--threads", str(threads)]
+    command = [sys.executable, __file__, "--memory", str(chunk or 0), "--threads", str(number)]
     ran = subprocess.run(command + ["--fast"] * (side != SIDE), capture_output=True, text=True, check=True)
     tokens = side * side
     if chunk is None:
@@ -157,17 +129,13 @@ def _memory(side: int, chunk: int | None, threads: int) -> tuple[str, ...]:
     block = min(chunk, tokens) * tokens * 4 / MB
     what = f"match_mutual, chunk {chunk}: memory beyond the inputs / (block + 20 MB)"
     ours, allowed = float(ran.stdout), block + 20
-    return what, f"{ours / allowed:.2f}", "≤ 1", f"{ours:.1f} MB", f"{allowed:.1f} MB"
+    return Row(what, f"{ours / allowed:.2f}", "≤ 1", f"{ours:.1f} MB", f"{allowed:.1f} MB")
 
 
 def _resident(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def taps_of(extractor: Extractor) -> tuple[list[Tap], dict[str, str]]:
     """Return a tap for each facet that a model has, and the reason for each that it has not.
 
     A model must refuse a facet by ``UnknownFacetError``. Blocks in the middle are taken, so that something is left of
-    the network behind them; of a model with named layers the usual one, and, where layers can be joined, its first and last together.
+    the network behind them; of a model with named layers the usual one, and, where layers can be joined, its first and
+    last together.
     """
     card = extractor.card
     layer = Tap.parse(card.default_tap).layer if card.layers else card.depth // 2
