@@ -1,22 +1,31 @@
-"""Make the pictures of the documentation with the bundled model: ``python docs/pictures.py``.
+"""Make the pictures of the documentation with the bundled model: ``python docs/pictures.py [NAME …]``.
 
-Writes docs/assets/{pca,similarity,matches,saliency}.jpg, each below 150 kB. Nothing is downloaded.
+Writes docs/assets/NAME.jpg for every name of :data:`PICTURES`, each below 150 kB. Nothing is downloaded.
 """
 
+import sys
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 import vitfeats as vf
-from vitfeats.apps.evaluation.datasets import warp
-from vitfeats.preprocess import load_image
+from vitfeats.apps.evaluation.datasets import apply_homography, warp
+from vitfeats.preprocess import load_image, to_pil
+from vitfeats.resize import spread_map
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_BYTES = 150_000
 WARP = torch.tensor([[0.9, -0.12, 50.0], [0.14, 0.9, -10.0], [0.0001, 0.0, 1.0]])  # turned, smaller, a little tilted
 EYE = (180.0, 110.0)  # (x, y) in pixels of the cat
+NOSE = (267.0, 244.0)
+SHOWN = 60  # matches drawn of each matcher
+WITHIN = 16.0  # pixels from the truth that count as right
+GREEN, RED = (40, 200, 80), (230, 40, 40)
 
 
 def pca(extractor: vf.Extractor) -> Image.Image:
@@ -25,15 +34,45 @@ def pca(extractor: vf.Extractor) -> Image.Image:
     return vf.plot.pca(portraits, list(extractor.each(portraits, "key@11")))
 
 
+def pca_fitted(extractor: vf.Extractor) -> Image.Image:
+    """Draw a cup and its warp above one PCA, fitted on the cup alone."""
+    cup = load_image(vf.samples.coffee())
+    warped = warp(cup, WARP)
+    both = [extractor(image, "token@11") for image in (cup, warped)]
+    return vf.plot.pca([cup, warped], both, fitted=vf.PCA(3).fit(both[0]))
+
+
+def pca_foreground(extractor: vf.Extractor) -> Image.Image:
+    """Draw a cup, then its components: of all tokens, of what is not like the border, of what CLS attends to."""
+    cup = vf.samples.coffee()
+    found = extractor(cup, ["token@11", "attention@11"])
+    d, looks = found["token@11"], found["attention@11"]
+    panels = [("the photograph", cup)]
+    for label, foreground in (
+        ("every token", None),
+        ('foreground="border"', "border"),
+        ("foreground=attention", looks),
+    ):
+        rgb = vf.PCA(3).fit(d, foreground=foreground).to_rgb(d)
+        panels.append((label, cells(rgb, d)))
+    return sheet(panels, columns=2, width=420)
+
+
 def similarity(extractor: vf.Extractor) -> Image.Image:
     """Draw where the cat's picture looks like its left eye, at three depths."""
     cat = vf.samples.cat()
     found = extractor(cat, ["token@2", "token@7", "key@11"])
     drawn = [vf.plot.similarity(cat, [EYE], cat, vf.similarity_map(d, [EYE], d), grid=d.grid) for d in found.values()]
-    whole = Image.new("RGB", (sum(picture.width for picture in drawn), drawn[0].height), "white")
-    for column, picture in enumerate(drawn):
-        whole.paste(picture, (column * picture.width, 0))
-    return whole
+    return beside(drawn)
+
+
+def similarity_pair(extractor: vf.Extractor) -> Image.Image:
+    """Draw where the warped cat looks like two points of the cat."""
+    cat = load_image(vf.samples.cat())
+    warped = warp(cat, WARP)
+    a, b = extractor(cat, "token@2"), extractor(warped, "token@2")
+    points = [EYE, NOSE]
+    return vf.plot.similarity(cat, points, warped, vf.similarity_map(a, points, b), grid=b.grid)
 
 
 def matches(extractor: vf.Extractor) -> Image.Image:
@@ -44,10 +83,172 @@ def matches(extractor: vf.Extractor) -> Image.Image:
     return vf.plot.matches(cup, warped, found)
 
 
+def matchers(extractor: vf.Extractor) -> Image.Image:
+    """Draw what four matchers find between the cat and its warp: right in green, wrong in red."""
+    cat = load_image(vf.samples.cat())
+    warped = warp(cat, WARP)
+    small = extractor.resized(size=224, stride=8)
+    a, b = small(cat, "token@2"), small(warped, "token@2")
+    found = {
+        "match_nearest": vf.match_nearest(a, b),
+        "match_mutual": vf.match_mutual(a, b),
+        "match_ratio": vf.match_ratio(a, b),
+        "match_sinkhorn": vf.match_sinkhorn(a, b, epsilon=0.02, dustbin=0.8),
+    }
+    return sheet([judged(name, m, cat, warped) for name, m in found.items()], columns=2, width=520)
+
+
+def correspond(extractor: vf.Extractor) -> Image.Image:
+    """Draw ten correspondences of two portraits."""
+    left, right = vf.samples.portrait_pair()
+    a, b = (vf.log_bin(d) for d in extractor.each([left, right], "token@7"))
+    return vf.plot.matches(left, right, vf.correspond(a, b))
+
+
+def log_bin(extractor: vf.Extractor) -> Image.Image:
+    """Draw where the warped cat looks like the cat's nose, without and with the tokens' surroundings."""
+    cat = load_image(vf.samples.cat())
+    warped = warp(cat, WARP)
+    small = extractor.resized(size=224, stride=8)
+    a, b = small(cat, "key@9"), small(warped, "key@9")
+    pairs = [(a, b), (vf.log_bin(a), vf.log_bin(b))]
+    drawn = [vf.plot.similarity(cat, [NOSE], warped, vf.similarity_map(x, [NOSE], y), grid=y.grid) for x, y in pairs]
+    return beside(drawn)
+
+
+def upsample(extractor: vf.Extractor) -> Image.Image:
+    """Draw the components of tokens, of their bilinear upsampling, and of a guided one."""
+    cat = vf.samples.cat()
+    d = extractor.resized(size=224, stride=16)(cat, "token@11")
+    fitted = vf.PCA(3).fit(d)
+    size = (300, 451)
+    dense = {
+        "upsample(d)": vf.upsample(d, size),
+        "upsample(d, upsampler=guided)": vf.upsample(d, size, upsampler=guided, image=cat),
+    }
+    panels = [("the photograph", cat), ("14 by 21 tokens", cells(fitted.to_rgb(d), d))]
+    panels += [(name, to_pil(fitted.to_rgb(fine)[0])) for name, fine in dense.items()]
+    return sheet(panels, columns=2, width=420)
+
+
+def guided(features: Tensor, images: Tensor, reach: int = 2, colour: float = 0.1) -> Tensor:
+    """Upsample features so that their edges follow those of the images (a joint bilateral filter)."""
+    rows, cols = features.shape[2:]
+    small = F.interpolate(images, (rows, cols), mode="area")
+    total = weights = 0.0
+    for down in range(-reach, reach + 1):
+        for across in range(-reach, reach + 1):
+            near, hue = (
+                F.interpolate(moved(x, down, across), images.shape[2:], mode="nearest") for x in (features, small)
+            )
+            weight = (-(images - hue).square().sum(1, keepdim=True) / colour**2 - (down**2 + across**2) / 2).exp()
+            total, weights = total + weight * near, weights + weight
+    return total / (weights + 1e-12)  # type: ignore[operator] - tensors by now
+
+
+def moved(maps: Tensor, down: int, across: int) -> Tensor:
+    """Shift maps by whole cells, the border repeated."""
+    padded = F.pad(maps, (abs(across),) * 2 + (abs(down),) * 2, mode="replicate")
+    top, left = abs(down) + down, abs(across) + across
+    return padded[..., top : top + maps.shape[2], left : left + maps.shape[3]]
+
+
 def saliency(extractor: vf.Extractor) -> Image.Image:
     """Draw what CLS attends to, at the size that ``mini`` was trained at."""
     cat = vf.samples.cat()
     return vf.plot.saliency(cat, extractor.resized(size=112, stride=4)(cat, "attention@11"))
+
+
+def attention(extractor: vf.Extractor) -> Image.Image:
+    """Draw each head of CLS at block 11, and below what the token at the eye attends to, at three depths."""
+    cat = vf.samples.cat()
+    small = extractor.resized(size=112, stride=4)
+    looks = small(cat, "attention@11")
+    panels = [(f"attention@11, head {head}", bright(vf.saliency(looks, [head])[0], looks, cat)) for head in range(3)]
+    eye = looks.grid.index_of(looks.frames[0].to_network(torch.tensor([EYE])))
+    for layer in (2, 7, 11):
+        row = small.attention(cat, layer)[0, :, 1 + int(eye), 1:].mean(0)  # one CLS in front
+        panels.append((f"the eye's row, block {layer}", bright(row.view(looks.grid.rows, -1), looks, cat)))
+    return sheet(panels, columns=3, width=330)
+
+
+PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
+    draw.__name__: draw
+    for draw in (
+        pca,
+        pca_fitted,
+        pca_foreground,
+        similarity,
+        similarity_pair,
+        matches,
+        matchers,
+        correspond,
+        log_bin,
+        upsample,
+        saliency,
+        attention,
+    )
+}
+"""Every picture by its name."""
+
+
+def cells(rgb: Tensor, d: vf.Descriptor) -> Image.Image:
+    """Paint one colour a token over the image that was described."""
+    return to_pil(spread_map(rgb.float(), d.grid, d.frames[0].source_size, "nearest")[0])
+
+
+def bright(values: Tensor, d: vf.Descriptor, picture: Image.Image) -> Image.Image:
+    """Lay one value a token over a picture: the larger, the brighter. Stretched to the 99th percentile."""
+    top = values.flatten().quantile(0.99)
+    shown = (values / top).clamp(0, 1)[None, None].expand(1, 3, -1, -1)
+    light = spread_map(shown, d.grid, d.frames[0].source_size)[0]
+    grey = load_image(picture.convert("L").convert("RGB"))
+    glow = torch.tensor([1.0, 0.75, 0.2])[:, None, None]
+    return to_pil(grey * 0.35 + light * glow * 0.65)
+
+
+def judged(name: str, found: vf.Matches, image: Tensor, warped: Tensor) -> tuple[str, Image.Image]:
+    """Return a label that counts the matches, and a picture of some: right in green, wrong in red."""
+    right = (found.points_b - apply_homography(WARP, found.points_a)).norm(dim=1) <= WITHIN
+    label = f"{name}: {len(found)} matches, {100 * right.float().mean():.0f} % right"
+    whole = beside([to_pil(image), to_pil(warped)], gap=6)
+    picture = whole.resize((2 * whole.width, 2 * whole.height))  # drawn large and made smaller: lines without steps
+    pen = ImageDraw.Draw(picture)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()
+    for row in sorted(order, key=lambda row: not right[row]):
+        (x0, y0), (x1, y1) = found.points_a[row].tolist(), found.points_b[row].tolist()
+        colour = GREEN if right[row] else RED
+        ends = [(2 * x0, 2 * y0), (2 * (x1 + image.shape[2] + 6), 2 * y1)]
+        pen.line(ends, fill=colour, width=5)
+        for x, y in ends:
+            pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline="white")
+    return label, picture
+
+
+def beside(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
+    """Put pictures of one height side by side."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    whole = Image.new("RGB", (width, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width + gap
+    return whole
+
+
+def sheet(panels: Sequence[tuple[str, Image.Image]], *, columns: int, width: int) -> Image.Image:
+    """Put labelled panels of one size on a sheet, each ``width`` pixels wide, its label above."""
+    height = round(panels[0][1].height * width / panels[0][1].width)
+    text, gap = round(width / 22), 8
+    head = text + 10
+    rows = -(-len(panels) // columns)
+    whole = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + head + gap) - gap), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(text)
+    for index, (label, picture) in enumerate(panels):
+        left, top = index % columns * (width + gap), index // columns * (height + head + gap)
+        pen.text((left + 2, top + 2), label, fill="black", font=font)
+        whole.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (left, top + head))
+    return whole
 
 
 def save(picture: Image.Image, path: Path) -> int:
@@ -61,14 +262,14 @@ def save(picture: Image.Image, path: Path) -> int:
     raise RuntimeError(f"'{path.name}' stays above {MOST_BYTES} bytes; make it smaller")
 
 
-def main() -> None:
-    """Write every picture."""
+def main(names: Sequence[str] = ()) -> None:
+    """Write the pictures of these names; none is all."""
     ASSETS.mkdir(exist_ok=True)
     extractor = vf.load_extractor("mini", size=448, stride=8, device="cpu")
-    for draw in (pca, similarity, matches, saliency):
-        path = ASSETS / f"{draw.__name__}.jpg"
-        print(f"{path}: {save(draw(extractor), path)} bytes")
+    for name in names or PICTURES:
+        path = ASSETS / f"{name}.jpg"
+        print(f"{path}: {save(PICTURES[name](extractor), path)} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

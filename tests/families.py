@@ -55,6 +55,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm-beit": lambda: timm.create_model("beit_base_patch16_224", **_FIXED),
     "timm-beitv2": lambda: timm.create_model("beitv2_base_patch16_224", **_FIXED),
     "timm-beit3": lambda: timm.create_model("beit3_base_patch16_224", **_SIZED),
+    "timm-relpos": lambda: timm.create_model("vit_relpos_small_patch16_224", **_FIXED),
     "timm-hybrid": lambda: timm.create_model("vit_tiny_r_s16_p8_224", **_SIZED),
     "timm-vitamin": lambda: timm.create_model("vitamin_small_224", num_classes=0, dynamic_img_size=True, img_size=64),
     "timm-naflex": lambda: timm.create_model("naflexvit_base_patch16_gap", **_TIMM),
@@ -71,6 +72,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hf-deit": _transformers("DeiT"),
 }
 """Builders of a tiny, untrained model of every family."""
+
+if not timm.is_model("vit_base_patch16_sapiens2"):  # newer than the oldest timm that vitfeats takes
+    del FAMILIES["timm-sapiens2"]
 
 
 def build(family: str, seed: int = 0) -> nn.Module:

@@ -157,7 +157,8 @@ def test_a_module_of_fixed_size_says_so(photo):
     extractor = vf.load_extractor(model)
     assert extractor(photo).grid.network_size == (224, 224), "its only size is its default"
     with pytest.raises(
-        vf.ShapeError, match=r"\(224, 224\) .* got \(64, 96\) at stride 16; create it with dynamic_img_size"
+        vf.ShapeError,
+        match=r"\(224, 224\) .* got \(64, 96\) at stride 16; leave size= .* create it with dynamic_img_size",
     ):
         vf.load_extractor(model, size=(64, 96))(photo)
     with pytest.raises(vf.ShapeError, match="at stride 8"):
@@ -226,12 +227,12 @@ def test_your_own_module_without_them():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("hiera_tiny_224", "got Hiera: its blocks attend in their own way (MaskUnitAttention), not over one row"),
-        ("xcit_nano_12_p8_224", "got Xcit: its blocks attend in their own way (XCA)"),
-        ("samvit_base_patch16", "got VisionTransformerSAM: its blocks attend in their own way (Attention)"),
+        ("hiera_tiny_224", "got Hiera: its blocks attend in a way of their own (MaskUnitAttention)"),
+        ("xcit_nano_12_p8_224", "got Xcit: its blocks attend in a way of their own (XCA)"),
+        ("samvit_base_patch16", "got VisionTransformerSAM: its blocks attend in a way of their own (Attention)"),
         (
             "vit_dlittle_patch16_reg1_gap_256",
-            "got VisionTransformer: its blocks attend in their own way (DiffAttention)",
+            "got VisionTransformer: its blocks attend in a way of their own (DiffAttention)",
         ),
         ("vit_base_patch16_xp_224", "got VisionTransformer: its blocks have no `attn.qkv` and no `attn.k_proj`"),
         ("vit_small_patch16_18x2_224", "got VisionTransformer: its blocks have no `attn.qkv`"),

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import vitfeats as vf
-from vitfeats import api, cli
+from vitfeats import api, cli, testing
 from vitfeats.models import libraries
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,12 @@ def anchors(page: Path) -> set[str]:
 
 def generator() -> Any:
     """Return docs/generate.py as a module."""
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    return script("generate")
+
+
+def script(name: str) -> Any:
+    """Return a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -102,6 +107,12 @@ def test_pictures_are_small() -> None:
     sizes = {picture.name: picture.stat().st_size for picture in (ROOT / "docs" / "assets").iterdir()}
     assert sizes
     assert all(size < 150_000 for size in sizes.values()), sizes
+
+
+def test_every_picture_is_shown_and_made() -> None:
+    shown = set(re.findall(r"\(assets/(\w+)\.jpg\)", "".join(page.read_text(encoding="utf-8") for page in PAGES)))
+    assert shown == {picture.stem for picture in (ROOT / "docs" / "assets").glob("*.jpg")}
+    assert shown == set(script("pictures").PICTURES)
 
 
 def test_readme_has_both_commands() -> None:
@@ -145,6 +156,19 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert set(vf.__all__) <= set(listed)
 
 
+def test_helpers_for_authors_of_models_are_in_the_api_page() -> None:
+    listed = set(
+        re.findall(r"^::: vitfeats\.(\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert {"api.Row", "api.plugin_failures", "extractors.conv.ConvExtractor", "testing.conformance"} <= listed
+    assert {"matching.top_k", "matching.transport_plan", "testing.assert_passes", "testing.CHECKS"} <= listed
+
+
+def test_every_conformance_check_is_explained() -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    assert not [check for check in testing.CHECKS if f"`{check}`" not in page]
+
+
 def test_every_error_is_in_troubleshooting() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     errors = {name for name in vf.__all__ if name.endswith("Error")} - {"VitFeatsError"}
@@ -161,7 +185,7 @@ def test_every_sample_in_a_picture_is_credited() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    navigation = re.findall(r"^  - .+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    navigation = re.findall(r"^ +- .+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(navigation) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 

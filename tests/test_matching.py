@@ -506,7 +506,7 @@ def test_saliency_on_another_grid_is_refused(wrong):
 
 
 def test_no_correspondences_cannot_be_asked_for():
-    with pytest.raises(ConfigError, match="expected most of at least 1, got 0; the paper shows 10"):
+    with pytest.raises(ConfigError, match="expected most as a whole number of at least 1, got 0; the paper"):
         correspond(A, B, most=0)
 
 

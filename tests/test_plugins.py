@@ -1,16 +1,26 @@
 """Other packages' models: found by their entry point, listed, loaded; and harmless where they fail."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vitfeats as vf
 from vitfeats import api, cli
+from vitfeats.extractors.vit import ViTExtractor
+
+_TWIN = """
+from dataclasses import replace
+from vitfeats import api
+mini = api._rows['mini']
+ROWS = replace(mini, card=replace(mini.card, name='twin'))"""
 
 PLUGIN = Path(__file__).parent.parent / "examples" / "plugin"
 
@@ -31,6 +41,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "_rows", dict(api._rows))
     monkeypatch.setattr(api, "_failed", {})
     monkeypatch.setattr(api, "_sought", [])
+    monkeypatch.setattr(api, "_added", set())
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path
@@ -97,12 +108,59 @@ def test_a_plugin_that_fails_is_reported_and_harmless(fresh, capsys, code, reaso
 
 def test_one_that_fails_does_not_keep_another_away(fresh):
     _install(fresh, "bad", "plug_bad:ROWS", "raise RuntimeError")
-    good = "from dataclasses import replace\nimport vitfeats\nfrom vitfeats import api\n"
-    good += "mini = api._rows['mini']\nROWS = replace(mini, card=replace(mini.card, name='twin'))\n"
-    _install(fresh, "good", "plug_good:ROWS", good)
+    _install(fresh, "good", "plug_good:ROWS", _TWIN)
     with pytest.warns(RuntimeWarning):
         assert [card.name for card in vf.list_models("twin")] == ["twin"]
     assert vf.load_extractor("twin", size=112, device="cpu").card.name == "twin"
+
+
+def test_warnings_as_errors_do_not_keep_another_away(fresh):
+    _install(fresh, "a_bad", "plug_bad:ROWS", "raise RuntimeError")
+    _install(fresh, "good", "plug_good:ROWS", _TWIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="plug-in 'a_bad'"):
+            vf.list_models()
+        assert vf.list_models("twin")
+
+
+def test_two_rows_of_one_name_are_refused(fresh):
+    _install(fresh, "twice", "plug_twice:ROWS", _TWIN.replace("ROWS = ", "ROWS = 2 * [") + "]")
+    with pytest.warns(RuntimeWarning, match="expected names that are free, but there is a model 'twin'"):
+        assert not vf.list_models("twin")
+
+
+def test_a_folder_of_the_same_name_does_not_stand_in_the_way(fresh, monkeypatch):
+    _install(fresh, "good", "plug_good:ROWS", _TWIN)
+    (fresh / "twin").mkdir()
+    monkeypatch.chdir(fresh)
+    assert vf.load_extractor("twin", size=112, device="cpu").card.name == "twin"
+
+
+def test_threads_and_plugins_that_ask_for_models_do_not_wait_for_each_other(fresh):
+    asks = "import time, vitfeats\ntime.sleep(0.2)\nvitfeats.list_models()\n" + _TWIN
+    _install(fresh, "good", "plug_good:ROWS", asks)
+    threads = [threading.Thread(target=vf.list_models, daemon=True) for _ in range(3)]
+    threads.append(threading.Thread(target=importlib.import_module, args=("plug_good",), daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert vf.list_models("twin")
+
+
+def test_a_kind_gets_the_settings_it_takes(fresh):
+    seen = {}
+
+    def kind(network, card, preprocess, **settings):
+        seen.update(settings)
+        return ViTExtractor(network, card, preprocess, dtype=settings["dtype"])
+
+    card = replace(vf.list_models("mini")[0], name="taker")
+    vf.register_model(card, api._rows["mini"].loader, kind)
+    vf.load_extractor("taker", size=112, device="cpu", norm=True)
+    assert seen == {"dtype": "auto", "norm": True}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -54,11 +55,13 @@ class Row:
 
 _rows: dict[str, Row] = {card.name: Row(card, module.load) for module in (bundled, vit, conv) for card in module.CARDS}
 _failed: dict[str, str] = {}
+_added: set[tuple[str, str]] = set()  # the entry points whose rows are in the catalogue
 _sought: list[bool] = []  # whether plug-ins were looked for already
 _default: list[str] = []
 _cache: "OrderedDict[tuple[Any, ...], Extractor]" = OrderedDict()
 _cache_lock = threading.Lock()
-_plugin_lock = threading.RLock()  # a plug-in may itself ask for models while it is imported
+_plugin_lock = threading.Lock()
+_loading_plugins = threading.local()
 _loading: dict[tuple[Any, ...], threading.Lock] = {}
 _CACHED = 4  # extractors that `extract` keeps: enough for a comparison, little enough for a laptop
 
@@ -123,7 +126,9 @@ def load_extractor(
     make: Kind = kind or (ConvExtractor if found.layers else ViTExtractor)
     given = {"anatomy": (anatomy, None), "norm": (norm, False), "norm_qk": (norm_qk, False), "rope": (rope, "pre")}
     settings = {name: value for name, (value, usual) in given.items() if value != usual}
-    foreign = sorted(set(settings) - set(inspect.signature(make).parameters))
+    known = inspect.signature(make).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    foreign = [] if takes_any else sorted(set(settings) - set(known))
     if foreign:
         raise ConfigError(
             f"expected settings that {found.name} knows, got {foreign[0]}={settings[foreign[0]]!r}; leave it out"
@@ -192,7 +197,7 @@ def list_models(pattern: str = "*") -> list[ModelCard]:
     Models of plug-ins come last. One that cannot be loaded is left out, with a warning that says why.
     """
     _load_plugins()
-    return [row.card for name, row in _rows.items() if fnmatch(name, pattern)]
+    return [row.card for name, row in list(_rows.items()) if fnmatch(name, pattern)]
 
 
 def register_model(card: ModelCard, loader: Loader, kind: Kind | None = None) -> None:
@@ -245,11 +250,13 @@ def _network(
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str):
         raise UnknownModelError(f"expected a model's name, a folder or a module, got {type(model).__name__}")
-    if model in _rows:  # before folders: one that happens to be called "mini" must not stand in its way
+    prefix, _, rest = model.partition(":")
+    is_path = any(mark in model for mark in (os.sep, "/", ".", ":"))
+    # Before folders: one that happens to be called "mini" must not stand in its way.
+    if model in _rows or (not is_path and _is_listed(model)):
         return _built(_rows[model], file)
     if os.path.isdir(model):
         return *libraries.load_folder(model, file), None
-    prefix, _, rest = model.partition(":")
     if prefix == "timm" and rest:
         return *libraries.load_timm(rest, file), None
     if prefix == "hf" and rest:
@@ -271,33 +278,56 @@ def _is_listed(name: str) -> bool:
 
 
 def _load_plugins() -> None:
-    """Add the rows that other packages offer. A plug-in that fails is reported, and does no harm."""
-    with _plugin_lock:
-        if _sought:
-            return
-        _sought.append(True)
+    """Add the rows that other packages offer. A plug-in that fails is reported, and does no harm.
+
+    No lock is held while a plug-in is imported: it may itself ask for models, in this thread or, behind Python's own
+    import locks, in another. Threads that come at the same time do the same, and add what is there already.
+    """
+    if _sought or getattr(_loading_plugins, "now", False):
+        return
+    _loading_plugins.now = True
+    reports, whole = [], True
+    try:
         for entry in entry_points(group=PLUGINS):
+            key = (entry.name, entry.value)
+            if key in _added:
+                continue
+            if _is_being_imported(entry.module):  # by somebody who asks for models meanwhile: the next look finds it
+                whole = False
+                continue
             try:
-                _add_rows(entry.load())
+                _add_rows(entry.load(), key)
             except (Exception, SystemExit) as error:  # whatever somebody else's package does when it is imported
                 origin = entry.dist.name if entry.dist else entry.value
-                _failed[entry.name] = f"{type(error).__name__}: {error}"
-                warnings.warn(
-                    f"plug-in '{entry.name}' of {origin} could not be loaded: {_failed[entry.name]}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                name = entry.name if entry.name not in _failed else f"{entry.name} ({origin})"
+                _failed[name] = f"{type(error).__name__}: {error}"
+                reports.append(f"plug-in '{entry.name}' of {origin} could not be loaded: {_failed[name]}")
+        if whole:
+            _sought.append(True)
+    finally:
+        _loading_plugins.now = False
+    for report in reports:  # not before: with warnings as errors the first would keep the other plug-ins away
+        warnings.warn(report, RuntimeWarning, stacklevel=4)
 
 
-def _add_rows(offered: Any) -> None:
+def _is_being_imported(module: str) -> bool:
+    return getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False)
+
+
+def _add_rows(offered: Any, key: tuple[str, str]) -> None:
     rows = [offered] if isinstance(offered, Row) else list(offered)
     for row in rows:
         if not isinstance(row, Row):
             raise ConfigError(f"expected a vitfeats.api.Row, or several, got {type(row).__name__}")
-    taken = [row.card.name for row in rows if row.card.name in _rows]
-    if taken:
-        raise ConfigError(f"expected names that are free, but there is a model {taken[0]!r} already")
-    _rows.update({row.card.name: row for row in rows})
+    names = [row.card.name for row in rows]
+    with _plugin_lock:
+        if key in _added:
+            return
+        taken = [name for name in names if name in _rows or names.count(name) > 1]
+        if taken:
+            raise ConfigError(f"expected names that are free, but there is a model {taken[0]!r} already")
+        _rows.update(zip(names, rows, strict=True))
+        _added.add(key)
 
 
 def _unknown(name: str) -> UnknownModelError:

@@ -50,9 +50,9 @@ class PatchGrid:
         cols: Tokens from left to right, at least 1.
         patch: Side of a token's square in network pixels; ``(height, width)`` where it is not square.
         stride: Step between neighbouring tokens in network pixels; ``(vertical, horizontal)`` where they differ.
-        shift: How far the middle of what a token sees lies right of (and below) the middle of its square, in network
-            pixels. 0 for patches; (1 − stride)/2 in a ResNet, whose strided convolutions look around the first pixel
-            of each square.
+        shift: How far the middle of what a token sees lies below and right of the middle of its square, in network
+            pixels; ``(down, right)`` where they differ. 0 for patches; (1 − stride)/2 in a ResNet, whose strided
+            convolutions look around the first pixel of each square.
 
     Raises:
         ShapeError: If any of them is smaller than 1.
@@ -62,7 +62,7 @@ class PatchGrid:
     cols: int
     patch: int | Size
     stride: int | Size
-    shift: float = 0.0
+    shift: float | tuple[float, float] = 0.0
 
     def __post_init__(self) -> None:
         """Refuse an empty grid."""
@@ -94,6 +94,13 @@ class PatchGrid:
         (patch_h, patch_w), (step_y, step_x) = as_pair(self.patch), as_pair(self.stride)
         return (self.rows - 1) * step_y + patch_h, (self.cols - 1) * step_x + patch_w
 
+    @property
+    def _first(self) -> tuple[float, float]:
+        """(y, x) of the first token's centre."""
+        down, right = self.shift if isinstance(self.shift, tuple) else (self.shift, self.shift)
+        patch_h, patch_w = as_pair(self.patch)
+        return patch_h / 2 + down, patch_w / 2 + right
+
     def centres(self) -> Float[Tensor, "tokens 2"]:
         """Return the (x, y) centre of every token in network pixels, row by row."""
         every = torch.arange(self.tokens)
@@ -101,16 +108,16 @@ class PatchGrid:
 
     def centres_of(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2"]:
         """Return the (x, y) centres in network pixels of the tokens with these row-major indices."""
-        (patch_h, patch_w), (step_y, step_x) = as_pair(self.patch), as_pair(self.stride)
-        x = (index % self.cols) * step_x + patch_w / 2 + self.shift
-        y = torch.div(index, self.cols, rounding_mode="floor") * step_y + patch_h / 2 + self.shift
+        step_y, step_x = as_pair(self.stride)
+        first_y, first_x = self._first
+        x = (index % self.cols) * step_x + first_x
+        y = torch.div(index, self.cols, rounding_mode="floor") * step_y + first_y
         return torch.stack([x, y], dim=-1).to(torch.float32)
 
     def positions_of(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
         """Return continuous (col, row) grid positions of network points; a token's centre has whole numbers."""
-        (patch_h, patch_w), (step_y, step_x) = as_pair(self.patch), as_pair(self.stride)
-        first = points.new_tensor([patch_w / 2 + self.shift, patch_h / 2 + self.shift])
-        return (points - first) / points.new_tensor([step_x, step_y])
+        (step_y, step_x), (first_y, first_x) = as_pair(self.stride), self._first
+        return (points - points.new_tensor([first_x, first_y])) / points.new_tensor([step_x, step_y])
 
     def index_of(self, points: Float[Tensor, "n 2"]) -> Int[Tensor, " n"]:
         """Return the row-major index of the token whose centre is nearest; points outside go to the border."""

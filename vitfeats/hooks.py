@@ -53,14 +53,14 @@ class _Stop(BaseException):  # not an Exception: no model's `except` may eat it
 class _Intercept(TorchFunctionMode):
     """Sends calls of chosen torch functions to handlers. Function modes are local to a thread, hence so is this."""
 
-    def __init__(self, handlers: Mapping[Callable[..., Any], Handler]) -> None:
+    def __init__(self, handlers: Mapping[Callable[..., Any], Handler], around: Handler | None) -> None:
         super().__init__()
-        self._handlers = handlers
+        self._handlers, self._around = handlers, around
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = self._handlers.get(func)
+        handler = self._handlers.get(func, self._around)
         return func(*args, **(kwargs or {})) if handler is None else handler(func, args, kwargs or {})
 
 
@@ -139,6 +139,7 @@ def capture(
     stop: bool = True,
     on_value: Callable[[Hashable, Any], None] | None = None,
     handlers: Mapping[Callable[..., Any], Handler] | None = None,
+    around: Handler | None = None,
     substitutes: Iterable[Substitute] = (),
 ) -> dict[Hashable, Any]:
     """Run a model once and return what the probes read.
@@ -150,6 +151,7 @@ def capture(
         stop: End the pass as soon as every probe has fired. Models with offload hooks run to their end all the same.
         on_value: Called with (name, value) as each probe fires; the values are then not kept.
         handlers: Torch functions to replace during the pass, in this thread only.
+        around: Called in place of every other torch function during the pass, in this thread only.
         substitutes: Module inputs to replace during the pass.
 
     Returns:
@@ -171,8 +173,8 @@ def capture(
         for name, probe in probes.items():
             handles.extend(state.register(root, name, probe))
         with ExitStack() as stack:
-            if modes:
-                stack.enter_context(_Intercept(modes))
+            if modes or around is not None:
+                stack.enter_context(_Intercept(modes, around))
             run(root)
     except _Stop:
         pass

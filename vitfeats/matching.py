@@ -1,11 +1,12 @@
 """Matching between two images, exact and in bounded memory: nearest, mutual, ratio test, transport, best buddies."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vitfeats.descriptor import Descriptor, Points
@@ -14,6 +15,8 @@ from vitfeats.similarity import check_comparable, check_single, rows_at_a_time, 
 
 Refine = Literal["nearest", "soft", "window"]
 Backend = Literal["torch", "faiss"]
+
+_PLAIN = 60.0  # exponents that far apart, and their sums, stay within float32: e⁻⁶⁰ is 9e-27
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +154,7 @@ def match_sinkhorn(
     The plan is :func:`vitfeats.matching.transport_plan` of the cosine similarities. With ``dustbin`` a token may also
     go to nobody, and is unmatched where it gives most of all to the dustbin. Scores are cosine similarities, as those
     of every matcher. Memory is about four times tokens_a · tokens_b · 4 bytes, as a plan needs every pair at once; each
-    iteration goes over all of them twice, so that this takes seconds on a CPU where :func:`match_mutual` takes a tenth.
+    iteration goes over all of them twice, so that this takes several times as long as :func:`match_mutual`.
 
     Args:
         a: Descriptor of one image.
@@ -189,24 +192,26 @@ def transport_plan(
 ) -> Float[Tensor, "rows cols"]:
     """Return the plan P of largest ⟨P, similarity⟩ + ``epsilon`` · entropy(P) between tokens of equal mass, 1 in all.
 
-    Cuturi, Sinkhorn Distances, NIPS 2013, algorithm 1, in the log domain, so that no ``epsilon`` underflows. Rows of
-    mass 1/n, columns of mass 1/m. With ``dustbin``, as in Sarlin et al., SuperGlue, CVPR 2020, section 3.2, a row and a
-    column of that similarity are added; a token has mass 1/(n + m), and each dustbin could take all tokens of the other
-    side. Differentiable. Takes about three times the memory of ``similarity``; with a gradient that for each iteration.
+    Cuturi, Sinkhorn Distances, NIPS 2013, algorithm 1, in the log domain, where a small ``epsilon`` underflows nothing.
+    Rows of mass 1/n, columns of mass 1/m. With ``dustbin``, as in Sarlin et al., SuperGlue, CVPR 2020, section 3.2, a
+    row and a column of that similarity are added; a token has mass 1/(n + m), and each dustbin could take all tokens
+    of the other side. Differentiable. Takes about three times the memory of ``similarity``; where nothing underflows
+    (similarities within 60 · ``epsilon`` of each other) the logarithms are left out, which is several times as fast.
 
     Args:
         similarity: Of every token of one image to every token of the other; minus a cost, if there is one.
-        epsilon: Strength of the entropy, above 0, in the unit of ``similarity``.
+        epsilon: Strength of the entropy, in the unit of ``similarity``; at least a 10,000th of the largest
+            similarity, below which float32 rounds the masses.
         iterations: How often columns and rows are brought to their mass, at least 1. The rows have it at the end; the
             columns nearly, the better the more often.
-        dustbin: Similarity of every token to nobody; None is without.
+        dustbin: Similarity of every token to nobody, finite; None is without.
 
     Returns:
         (n, m), or (n + 1, m + 1) with a dustbin, the last row and column. At least float32.
 
     Raises:
-        ShapeError: If ``similarity`` is empty.
-        ConfigError: If ``epsilon`` or ``iterations`` is not in its range.
+        ShapeError: If ``similarity`` is empty, or not finite.
+        ConfigError: If a setting is not in its range.
     """
     if not epsilon > 0:
         raise ConfigError(f"expected epsilon above 0, got {epsilon}; try 0.05")
@@ -214,6 +219,15 @@ def transport_plan(
         raise ConfigError(f"expected iterations of at least 1, got {iterations}; try 50")
     if not similarity.numel():
         raise ShapeError(f"expected similarities of at least one token each, got {tuple(similarity.shape)}")
+    if dustbin is not None and not math.isfinite(dustbin):
+        raise ConfigError(f"expected a finite dustbin, got {dustbin}; None is without")
+    largest = max(float(similarity.detach().abs().max()), abs(dustbin or 0.0))
+    if not math.isfinite(largest):
+        raise ShapeError("expected finite similarities, got NaN or infinity")
+    if epsilon < 1e-4 * largest:
+        raise ConfigError(
+            f"expected epsilon of at least 1e-4 times the largest similarity ({largest:.3g}), got {epsilon}"
+        )
     n, m = similarity.shape
     scores = similarity.to(torch.promote_types(similarity.dtype, torch.float32)) / epsilon
     log_a, log_b = scores.new_full((n,), 1 / n).log(), scores.new_full((m,), 1 / m).log()
@@ -221,6 +235,9 @@ def transport_plan(
         scores = F.pad(scores, (0, 1, 0, 1), value=dustbin / epsilon)
         log_a = scores.new_tensor([1.0] * n + [m]).div(n + m).log()
         log_b = scores.new_tensor([1.0] * m + [n]).div(n + m).log()
+    low, high = (float(value) for value in scores.detach().aminmax())
+    if high - low < _PLAIN:
+        return _scaled((scores - high).exp(), log_a.exp(), log_b.exp(), iterations)
     u = torch.zeros_like(log_a)
     v = torch.zeros_like(log_b)
     for _ in range(iterations):
@@ -233,8 +250,8 @@ def correspond(
     a: Descriptor,
     b: Descriptor,
     *,
-    saliency_a: Float[Tensor, "*a rows_a cols_a"] | None = None,
-    saliency_b: Float[Tensor, "*b rows_b cols_b"] | None = None,
+    saliency_a: Shaped[Tensor, "*a rows_a cols_a"] | None = None,
+    saliency_b: Shaped[Tensor, "*b rows_b cols_b"] | None = None,
     most: int = 10,
     threshold: float = 0.05,
     seed: int = 0,
@@ -249,7 +266,8 @@ def correspond(
         a: Descriptor of one image.
         b: Descriptor of one image, with as many channels.
         saliency_a: (rows, cols) or (1, rows, cols) on the grid of ``a``, 0..1, as :func:`~vitfeats.saliency` returns
-            it; None takes every token for foreground. Without both, pairs are ranked by their cosine similarity.
+            it, or a mask of booleans; None takes every token for foreground. Without both, pairs are ranked by their
+            cosine similarity.
         saliency_b: The same for ``b``.
         most: Number of clusters, and so of matches, where there are so many different pairs.
         threshold: A token is foreground if its saliency is above.
@@ -263,8 +281,8 @@ def correspond(
             grid.
         ConfigError: If ``most`` is below 1.
     """
-    if most < 1:
-        raise ConfigError(f"expected most of at least 1, got {most}; the paper shows 10")
+    if not isinstance(most, int) or most < 1:
+        raise ConfigError(f"expected most as a whole number of at least 1, got {most!r}; the paper shows 10")
     maps = _saliency_of(a, saliency_a, "a"), _saliency_of(b, saliency_b, "b")
     found = match_mutual(a, b)
     indices = found.index_a, found.index_b
@@ -372,6 +390,18 @@ def top_k(
     return torch.from_numpy(scores).to(a.device), torch.from_numpy(rows).to(a.device)
 
 
+def _scaled(
+    kernel: Float[Tensor, "n m"], a: Float[Tensor, " n"], b: Float[Tensor, " m"], iterations: int
+) -> Float[Tensor, "n m"]:
+    """Scale rows and columns of a positive matrix in turns until they have their mass."""
+    u = torch.ones_like(a)
+    v = b
+    for _ in range(iterations):
+        v = b / (u @ kernel)
+        u = a / (kernel @ v)
+    return u[:, None] * kernel * v
+
+
 class _Nearest(NamedTuple):
     """What one pass over the blocks finds.
 
@@ -409,9 +439,12 @@ def _nearest(a: Descriptor, b: Descriptor, chunk: int | None, *, second: bool = 
 
 
 def _units(a: Descriptor, b: Descriptor) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "m dim"]]:
-    """Return the tokens of two images as unit vectors without a graph."""
+    """Return the tokens of two images as unit vectors without a graph; refuse NaN, to which nothing is nearest."""
     check_single(a, b)
     check_comparable(a, b)
+    for name, d in (("a", a), ("b", b)):
+        if not bool(d.features.detach().sum(dtype=torch.float64).isfinite()):
+            raise ShapeError(f"expected finite features, got NaN or infinity in {name} ({d.tap} of {d.model})")
     return unit(a.features[0].detach()), unit(b.features[0].detach())
 
 
@@ -440,7 +473,7 @@ def _saliency_of(d: Descriptor, saliency: Tensor | None, name: str) -> Float[Ten
             f"expected saliency_{name} on the grid of {name}, {grid[0]}×{grid[1]}, got {'×'.join(map(str, shape))}; "
             "extract both at one size and stride"
         )
-    return saliency.detach().to(d.device).flatten()
+    return saliency.detach().to(d.device, torch.float32).flatten()  # also a mask of booleans
 
 
 def _clusters(vectors: Float[Tensor, "n dim"], most: int, seed: int) -> list[int]:

@@ -87,8 +87,9 @@ def rows_at_a_time(b: Float[Tensor, "m dim"]) -> int:
 
 def unit(features: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
     """Divide vectors by their length; zero vectors stay zero."""
-    # The floor must not itself be zero in the features' own precision: 0/0 is NaN.
-    return F.normalize(features, dim=-1, eps=max(1e-12, torch.finfo(features.dtype).tiny))
+    # At least float32: in half precision the sum of squares leaves the range long before the vector does.
+    precise = features.to(torch.promote_types(features.dtype, torch.float32))
+    return F.normalize(precise, dim=-1, eps=1e-12).to(features.dtype)
 
 
 def check_comparable(a: Descriptor, b: Descriptor) -> None:

@@ -14,6 +14,7 @@ NO_CLS = {
     "timm-aimv2",
     "timm-naflex",
     "timm-naflex-siglip",
+    "timm-relpos",
     "timm-vitamin",
     "hf-siglip",
 }
@@ -28,8 +29,17 @@ ROTARY = {
     "timm-sapiens2",
     "hf-dinov3",
 }
-ONE_STRIDE = {"timm-beit", "timm-beitv2", "timm-hybrid", "timm-naflex", "timm-naflex-siglip", "timm-vitamin"}
-BIASED = {"timm-beit", "timm-beitv2", "hf-beit"}  # relative position biases are added to the scores
+ONE_STRIDE = {
+    "hf-beit",
+    "timm-relpos",
+    "timm-beit",
+    "timm-beitv2",
+    "timm-hybrid",
+    "timm-naflex",
+    "timm-naflex-siglip",
+    "timm-vitamin",
+}
+BIASED = {"timm-beit", "timm-beitv2", "timm-relpos", "hf-beit"}  # relative position biases are added to the scores
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -71,7 +81,7 @@ def test_what_cannot_overlap_says_why(photo):
     ):
         _extractor("timm-naflex", stride=8)(photo)
     with pytest.raises(
-        vf.ShapeError, match=r"expected images of \(48, 80\) .* got \(48, 80\) at stride 8; .*BEiT: img_size"
+        vf.ShapeError, match=r"expected images of \(48, 80\) .* got \(48, 80\) at stride 8; leave size= .*BEiT"
     ):
         _extractor("timm-beit", stride=8)(photo)
 

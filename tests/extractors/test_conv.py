@@ -105,38 +105,96 @@ def test_settings_of_transformers_are_refused(vgg):
         vf.load_extractor(vgg.model, norm=True)
 
 
-def test_the_middle_of_a_receptive_field_is_where_the_geometry_says(resnet):
-    """An independent measure: the pixels that move one cell are symmetric about the cell's centre."""
-    network = nn.Sequential(resnet.model.conv1, resnet.model.maxpool, nn.Conv2d(64, 8, 3, 2, 1)).requires_grad_(False)
+def _measured(network: nn.Module, size: tuple[int, int], row: int, col: int) -> tuple[float, float]:
+    """Return the (x, y) middle of the pixels that move one cell: an independent measure, by the gradient."""
+    network = network.eval()
     for parameter in network.parameters():
-        parameter.fill_(0.01)  # no cancellation: every pixel of the field counts
-    image = torch.rand(1, 3, 96, 160, requires_grad=True)
-    row, col = 5, 9
+        parameter.requires_grad_(False).fill_(0.01)  # no cancellation: every pixel of the field counts
+    for module in network.modules():
+        if isinstance(module, nn.MaxPool2d):  # hands its gradient to one pixel of its window; its mean is to all
+            module.forward = lambda x, m=module: F.avg_pool2d(x, m.kernel_size, m.stride, m.padding)
+    image = torch.rand(1, 3, *size, requires_grad=True)
     network(image)[0, :, row, col].sum().backward()
     rows, cols = (image.grad[0].abs().sum(0).sum(axis).nonzero().flatten() for axis in (1, 0))
-    # Max pooling hands the gradient to one pixel of nine: its fields are a little narrower than they could be.
-    middle = ((float(cols[0] + cols[-1]) + 1) / 2, (float(rows[0] + rows[-1]) + 1) / 2)
+    assert rows[0] > 0
+    assert cols[-1] < size[1] - 1, "the field is cut off by the border: choose another cell"
+    return (float(cols[0] + cols[-1]) + 1) / 2, (float(rows[0] + rows[-1]) + 1) / 2
+
+
+def _conv(*settings, **more) -> nn.Module:
+    return nn.Conv2d(3, 3, *settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([_conv(4, 4)], 0.0),
+        ([_conv(3, 2, 1)], -0.5),
+        ([_conv(7, 2, 3), nn.MaxPool2d(3, 2, 1)], -1.5),
+        ([_conv(3, 2, 1), _conv(3, 2, 2, dilation=2)], -1.5),
+        ([_conv(3, 1, 1), nn.AvgPool2d(2, 2)], 0.0),
+        ([nn.ZeroPad2d(1), _conv(3, 2)], -0.5),
+        ([nn.ZeroPad2d((0, 1, 0, 1)), _conv(3, 2)], 0.5),  # uneven, as TensorFlow pads
+        ([nn.ReflectionPad2d(1), _conv(3, 2)], -0.5),
+        ([_conv(3, 2, 1, padding_mode="replicate")], -0.5),
+        ([nn.ZeroPad2d((1, 2, 1, 2)), _conv(4), nn.AvgPool2d(2, 2)], 0.5),
+        ([_conv(3, 2, 1), _conv(3, 2, 1), nn.Upsample(scale_factor=2)], -1.5),
+        ([_conv(3, 2, 1), _conv(3, 2, 1), nn.ConvTranspose2d(3, 3, 2, 2)], -1.5),
+        ([nn.PixelUnshuffle(2), nn.Conv2d(12, 3, 3, 2, 1)], -1.0),
+        ([_conv((4, 3), 2, 1)], (0.0, -0.5)),
+    ],
+)
+def test_the_middle_of_a_receptive_field_is_where_the_geometry_says(modules, expected):
+    network = nn.Sequential()
+    for index, module in enumerate(modules):
+        network.add_module(f"m{index}", module)
+    last = f"m{len(modules) - 1}"
+    extractor = vf.load_extractor(network.eval(), card=_card(last), size=(96, 128))
+    d = extractor(torch.rand(3, 96, 128), f"out@{last}")
+    assert d.grid.shift == expected
+    row, col = d.grid.rows // 2, d.grid.cols // 2
+    measured = _measured(network, (96, 128), row, col)
+    # Cells that are made of cells twice as wide look half a cell to either side in turns; their grid is the mean.
+    tolerance = 1.0 if isinstance(modules[-1], nn.Upsample | nn.ConvTranspose2d) else 0.0
+    assert d.grid.centres()[row * d.grid.cols + col].tolist() == pytest.approx(list(measured), abs=tolerance)
+
+
+def test_a_resnet_is_measured_as_a_whole(resnet):
+    network = nn.Sequential(_network("resnet18").conv1, nn.MaxPool2d(3, 2, 1), nn.Conv2d(64, 8, 3, 2, 1))
+    measured = _measured(network, (96, 160), 5, 9)
     d = resnet(torch.rand(3, 96, 160), "out@layer2")
-    assert (d.grid.stride, d.grid.shift) == (8, -3.5)
-    centre = d.grid.centres()[row * d.grid.cols + col].tolist()
-    assert centre == pytest.approx(middle, abs=2.0)
-    tiled = ((col + 0.5) * 8, (row + 0.5) * 8)
-    assert abs(tiled[0] - middle[0]) > 2.0  # what taking cells for tiles would be off by
+    assert tuple(d.grid.centres()[5 * d.grid.cols + 9].tolist()) == measured
+
+
+def test_a_shift_of_two_numbers_comes_back_from_a_file(tmp_path):
+    network = nn.Sequential()
+    network.add_module("conv", _conv((4, 3), 2, 1))
+    d = vf.load_extractor(network.eval(), card=_card("conv"), size=(32, 48))(torch.rand(3, 32, 48))
+    assert vf.Descriptor.load(d.save(tmp_path / "d.safetensors")).grid == d.grid
 
 
 @pytest.mark.parametrize(
     ("name", "shifts"),
     [
         ("resnet18", [-0.5, -1.5, -3.5, -7.5, -15.5]),
+        ("resnetblur18", [-0.5, -1.5, -3.5, -7.5, -15.5]),
         ("convnext_atto", [0.0, 0.0, 0.0, 0.0]),
         ("pvt_v2_b0", [-1.5, -3.5, -7.5, -15.5]),
-        ("tf_efficientnet_b0", [0.0, 0.0, 0.0, 0.0, 0.0]),  # pads unevenly: cells count as tiles
+        ("tf_efficientnet_b0", [0.5, 1.5, 3.5, 7.5, 15.5]),
     ],
 )
-def test_shifts_follow_kernels_and_paddings(name, shifts):
+def test_shifts_of_whole_networks(name, shifts):
     extractor = vf.load_extractor(_network(name), size=(64, 96))
     found = extractor(torch.rand(3, 64, 96), [f"out@{layer}" for layer in extractor.card.layers])
-    assert [d.grid.shift for d in found.values()] == shifts
+    assert [d.grid.shift for d in found.values()] == pytest.approx(shifts)
+
+
+def test_branches_that_look_elsewhere_count_by_their_mean():
+    """The shortcut of a ResNet-D pools tiles of 2×2, its main path looks around the first pixel of each."""
+    extractor = vf.load_extractor(_network("resnet18d"), size=(64, 96))
+    main, shortcut = -3.5, -1.5 + 2.0 - 2.0  # stride 8, from −1.5 at stride 4
+    shift = extractor(torch.rand(3, 64, 96), "out@layer2").grid.shift
+    assert min(main, shortcut) < shift < max(main, shortcut) + 2.0
 
 
 def test_hypercolumns_are_stages_at_the_centres_of_the_finest(resnet):

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitfeats.card import ModelCard
 from vitfeats.errors import ConfigError, TapError, UnknownFacetError, nearest_names
 from vitfeats.extractors.base import Extractor
 from vitfeats.grid import PatchGrid, Size, as_pair
-from vitfeats.hooks import Handler, Probe, capture, find_module, unwrapped
+from vitfeats.hooks import Probe, capture, find_module, unwrapped
 from vitfeats.preprocess import Prepared, Preprocess
 from vitfeats.resize import sample_map
 from vitfeats.taps import Reading, Tap
@@ -90,17 +92,17 @@ class ConvExtractor(Extractor):
         members = {tap: str(tap.layer).split("+") for tap in taps}
         wanted = list(dict.fromkeys(name for names in members.values() for name in names))
         root = unwrapped(self.model)
-        centres = _Centres(batch.grid.network_size)
+        geometry = _Geometry(batch.grid.network_size)
         channels_last = getattr(root, "output_fmt", None) == "NHWC"
 
         def reader(name: str) -> Callable[[Any], tuple[Tensor, PatchGrid]]:
-            return lambda seen: _map_of(seen, channels_last, batch.grid.network_size, centres, name)
+            return lambda seen: _map_of(seen, channels_last, batch.grid.network_size, geometry, name)
 
         maps = capture(
             self.model,
             {name: Probe(self._paths[name], reader(name)) for name in wanted},
             lambda model: model(batch.pixels),
-            handlers=centres.handlers(),
+            around=geometry.around,
         )
         return {tap: _joined([maps[name] for name in names]) for tap, names in members.items()}
 
@@ -127,13 +129,41 @@ def find_layers(model: nn.Module) -> dict[str, str]:
     if not isinstance(stages, list):
         return {}
     modules = dict(model.named_modules())
-    paths = [str(info["module"]) for info in stages if info["module"] in modules]
+    paths = [str(info["module"]) for info in stages if info["module"] and info["module"] in modules]
     return {re.sub(r"^(?=\d)", "stage", path): path for path in paths}  # names in taps begin with a letter
 
 
-def usual_layer(model: nn.Module) -> str:
-    """Return the layer read when none is asked for: ``relu4_1`` of a VGG, else the last stage but one."""
-    names = list(find_layers(model))
+class Layer(NamedTuple):
+    """What a layer gives: maps of so many channels, of so many pixels a cell."""
+
+    channels: int
+    stride: int
+
+
+def readable_layers(model: nn.Module, size: Size) -> dict[str, Layer]:
+    """Return the layers of :func:`find_layers` that give maps which tile the image; found by one pass over grey.
+
+    Args:
+        model: A network on its device, in evaluation mode.
+        size: (height, width) of the image, in pixels.
+    """
+    paths = find_layers(model)
+    first = next((tensor for tensor in model.parameters()), torch.empty(0))
+    grey = torch.zeros(1, 3, *size, device=first.device, dtype=first.dtype)
+    last = getattr(model, "output_fmt", None) == "NHWC"
+    found: dict[Any, Any] = {}
+    probes: dict[Any, Probe] = {
+        name: Probe(path, lambda seen: _layer_of(seen, last, size)) for name, path in paths.items()
+    }
+    # Layers that never run, or run twice, are left out; so are all where the network does not take such an image.
+    with suppress(TapError, RuntimeError, AssertionError), torch.no_grad():
+        capture(model, probes, lambda network: network(grey), on_value=found.__setitem__)
+    return {name: found[name] for name in paths if found.get(name) is not None}
+
+
+def usual_layer(layers: Mapping[str, Any]) -> str:
+    """Return the layer read when none is asked for: ``relu4_1`` of a VGG, else the last but one."""
+    names = list(layers)
     return "relu4_1" if "relu4_1" in names else names[-2 if len(names) > 1 else -1]
 
 
@@ -151,64 +181,154 @@ def _vgg_layers(features: nn.Sequential) -> dict[str, str]:
 # Where the cells of a map look ----------------------------------------------------------------------------------------
 
 
-class _Centres:
-    """Follows, during one pass, where the first cell of each resolution looks: the middle of its receptive field.
+_Two = tuple[Any, Any]  # vertical, horizontal
 
-    A convolution of kernel k and padding p puts the middle of its first cell at (k − 1)/2 − p cells of its input
-    (Dumoulin and Visin, A Guide to Convolution Arithmetic, 2016). What leads to a resolution last decides for it: in
-    plain residual networks all ways agree. Cells of resolutions that come about otherwise count as tiles.
+
+class _Field(NamedTuple):
+    """Where the cells of a map look, along one axis, in network pixels."""
+
+    first: float  # the middle of what the first cell sees, less half a pixel
+    step: float  # from one cell to the next
+
+
+_Fields = tuple[_Field, _Field]  # vertical, horizontal
+
+
+class _Geometry:
+    """Follows, during one pass, where the cells of each map look: the middles of their receptive fields.
+
+    Each map carries its own geometry from function to function. A convolution of kernel k, dilation d and padding p
+    puts the middle of its first cell at d(k − 1)/2 − p cells of its input (Dumoulin and Visin, A Guide to Convolution
+    Arithmetic, 2016); padding, unshuffling and interpolation move it likewise; a function that keeps the size keeps
+    the geometry, and where branches come together it is their mean. A map that comes out of tokens, and has lost its
+    own, takes what was last known of its size; where nothing is known, cells count as tiles.
     """
 
     def __init__(self, network_size: Size) -> None:
-        self._network = network_size
-        self._first: dict[Size, tuple[float, float]] = {network_size: (0.0, 0.0)}  # (y, x), in network pixels
+        self._of_size: dict[Size, _Fields] = {network_size: (_Field(0.0, 1.0), _Field(0.0, 1.0))}
+        self._of_map: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def handlers(self) -> dict[Callable[..., Any], Handler]:
-        """Return stand-ins that note the geometry of each convolution and pooling, and let them run as they are."""
+    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function and note the geometry of the map it makes."""
+        before = [self.fields(value) for value in _maps_in(args, kwargs)]
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.ndim == 4 and any(before):
+            after = _moved(func, args, kwargs, before, out)
+            if after is not None:
+                self._of_map[out] = self._of_size[_size(out)] = after
+        return out
 
-        def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = func(*args, **kwargs)
-            given = {
-                **dict(zip(("input", "weight", "bias", "stride", "padding", "dilation"), args, strict=False)),
-                **kwargs,
-            }
-            kernel = tuple(given["weight"].shape[-2:])
-            self._note(given["input"], out, kernel, given.get("padding", 0), given.get("dilation", 1))
-            return out
+    def fields(self, value: Tensor) -> _Fields | None:
+        """Return the geometry of a map, or None."""
+        return self._of_map.get(value) or self._of_size.get(_size(value))
 
-        def pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = func(*args, **kwargs)
-            given = {**dict(zip(("input", "kernel_size", "stride", "padding"), args, strict=False)), **kwargs}
-            self._note(given["input"], out, given["kernel_size"], given.get("padding", 0), given.get("dilation", 1))
-            return out
-
-        return {F.conv2d: convolution, F.max_pool2d: pooling, F.avg_pool2d: pooling}
-
-    def shift(self, size: Size, stride: int) -> float:
-        """Return how far the middle of a cell's field lies from the middle of its square, in network pixels."""
-        if size not in self._first:
+    def shift(self, seen: Tensor, size: Size, stride: int) -> float | tuple[float, float]:
+        """Return how far the middles of fields lie from the middles of tiles, in network pixels."""
+        fields = self._of_map.get(seen) or self._of_size.get(size)
+        if fields is None:
             return 0.0
-        y, x = (first + 0.5 - stride / 2 for first in self._first[size])
-        return x if x == y else 0.0
-
-    def _note(self, given: Tensor, made: Any, kernel: Any, padding: Any, dilation: Any) -> None:
-        if not isinstance(made, Tensor) or made.ndim != 4 or isinstance(padding, str):
-            return
-        before, after = (int(given.shape[-2]), int(given.shape[-1])), (int(made.shape[-2]), int(made.shape[-1]))
-        if before == after or before not in self._first:
-            return
-        steps = (network / cells for network, cells in zip(self._network, before, strict=True))
-        moved = (
-            first + ((d * (k - 1)) / 2 - p) * step
-            for first, k, p, d, step in zip(
-                self._first[before], _pair(kernel), _pair(padding), _pair(dilation), steps, strict=True
-            )
-        )
-        y, x = moved
-        self._first[after] = (y, x)
+        down, right = (field.first + 0.5 - stride / 2 for field in fields)
+        return down if down == right else (down, right)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _moved(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], before: list[_Fields | None], out: Tensor
+) -> _Fields | None:
+    """Return the geometry of what a function makes, or None where it cannot be said."""
+    name = getattr(func, "__name__", "")
+    rule = _RULES.get(name)
+    if rule is not None:
+        given = {**dict(zip(rule.names, args, strict=False)), **kwargs}
+        return None if before[0] is None else rule.move(given, before[0], out)
+    # Functions that keep the size keep the geometry; sums and concatenations of branches take their mean.
+    same = [
+        fields
+        for fields, value in zip(before, _maps_in(args, kwargs), strict=True)
+        if fields is not None and _size(value) == _size(out)
+    ]
+    if not same:
+        return None
+    return tuple(_Field(fmean(f[axis].first for f in same), same[0][axis].step) for axis in (0, 1))  # type: ignore[return-value]
+
+
+def _windowed(given: Mapping[str, Any], fields: _Fields, out: Tensor) -> _Fields | None:
+    """Convolutions and poolings."""
+    kernel = given["weight"].shape[-2:] if "weight" in given else given["kernel_size"]
+    stride = given.get("stride")
+    stride = kernel if stride is None or stride == [] else stride
+    padding, dilation = given.get("padding", 0), _pair(given.get("dilation", 1))
+    if isinstance(padding, str):  # "same" puts what is left over behind; "valid" is none
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)] if padding == "same" else 0
+    return _axes(fields, _pair(kernel), _pair(stride), _pair(padding), dilation)
+
+
+def _axes(fields: _Fields, kernel: _Two, stride: _Two, padding: _Two, dilation: _Two = (1, 1)) -> _Fields:
+    vertical, horizontal = (
+        _Field(field.first + (d * (k - 1) / 2 - p) * field.step, field.step * s)
+        for field, k, s, p, d in zip(fields, kernel, stride, padding, dilation, strict=True)
+    )
+    return vertical, horizontal
+
+
+def _transposed(given: Mapping[str, Any], fields: _Fields, out: Tensor) -> _Fields | None:
+    """Transposed convolutions: the window of an output is that of the convolution turned round."""
+    kernel, stride, padding = given["weight"].shape[-2:], _pair(given.get("stride", 1)), _pair(given.get("padding", 0))
+    finer = tuple(_Field(field.first, field.step / s) for field, s in zip(fields, stride, strict=True))
+    return tuple(  # type: ignore[return-value]
+        _Field(field.first - ((k - 1) / 2 - p) * field.step, field.step)
+        for field, k, p in zip(finer, kernel, padding, strict=True)
+    )
+
+
+def _padded(given: Mapping[str, Any], fields: _Fields, out: Tensor) -> _Fields | None:
+    """Padding in front moves the first cell back."""
+    left, _, *rest = given["pad"]
+    vertical, horizontal = fields
+    top = rest[0] if rest else 0
+    return (
+        vertical._replace(first=vertical.first - top * vertical.step),
+        horizontal._replace(first=horizontal.first - left * horizontal.step),
+    )
+
+
+def _resampled(given: Mapping[str, Any], fields: _Fields, out: Tensor) -> _Fields | None:
+    """Interpolation, shuffling and unshuffling: the new cells tile what the old ones tiled."""
+    sizes = zip(fields, _size(given["input"]), _size(out), strict=True)
+    ratios = [(field, old / new) for field, old, new in sizes]
+    return tuple(_Field(field.first + (r - 1) / 2 * field.step, field.step * r) for field, r in ratios)  # type: ignore[return-value]
+
+
+class _Rule(NamedTuple):
+    names: tuple[str, ...]
+    move: Callable[[Mapping[str, Any], _Fields, Tensor], _Fields | None]
+
+
+_POOLING = _Rule(("input", "kernel_size", "stride", "padding"), _windowed)
+_RULES: dict[str, _Rule] = {
+    "conv2d": _Rule(("input", "weight", "bias", "stride", "padding", "dilation"), _windowed),
+    "conv_transpose2d": _Rule(("input", "weight", "bias", "stride", "padding"), _transposed),
+    "max_pool2d": _POOLING,
+    "avg_pool2d": _POOLING,
+    "pad": _Rule(("input", "pad"), _padded),
+    "interpolate": _Rule(("input",), _resampled),
+    "pixel_shuffle": _Rule(("input",), _resampled),
+    "pixel_unshuffle": _Rule(("input",), _resampled),
+}
+
+
+def _maps_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the maps among a function's arguments, also those in a list (concatenation)."""
+    flat = [
+        item for value in (*args, *kwargs.values()) for item in (value if isinstance(value, list | tuple) else [value])
+    ]
+    return [value for value in flat if isinstance(value, Tensor) and value.ndim == 4]
+
+
+def _size(value: Tensor) -> Size:
+    return int(value.shape[-2]), int(value.shape[-1])
+
+
+def _pair(value: Any) -> _Two:
     items = tuple(value) if isinstance(value, list | tuple) else (value,)
     return (items[0], items[-1])
 
@@ -217,22 +337,37 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _map_of(
-    seen: Any, channels_last: bool, network: Size, centres: _Centres, name: str
+    seen: Any, channels_last: bool, network: Size, geometry: _Geometry, name: str
 ) -> tuple[Float[Tensor, "batch dim rows cols"], PatchGrid]:
     """Return a layer's output as a float32 map of its own memory, and the grid that its cells make over the image."""
     if not isinstance(seen, Tensor) or seen.ndim != 4:
         got = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
         raise TapError(f"expected layer '{name}' to give a map (batch, channels, rows, cols), got {got}")
     moved = seen.permute(0, 3, 1, 2) if channels_last else seen
-    rows, cols = int(moved.shape[2]), int(moved.shape[3])
-    stride = network[0] // rows
-    if (rows * stride, cols * stride) != network:
+    rows, cols = _size(moved)
+    stride = _tiles(moved, network)
+    if stride is None:
         raise TapError(
             f"expected the map of layer '{name}' to tile the network image of {network} (height, width), got "
             f"{rows}×{cols} cells; choose another layer, or a size that the network's strides divide"
         )
     own = moved.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return own, PatchGrid(rows, cols, stride, stride, centres.shift((rows, cols), stride))
+    return own, PatchGrid(rows, cols, stride, stride, geometry.shift(seen, (rows, cols), stride))
+
+
+def _layer_of(seen: Any, channels_last: bool, network: Size) -> Layer | None:
+    if not isinstance(seen, Tensor) or seen.ndim != 4:
+        return None
+    moved = seen.permute(0, 3, 1, 2) if channels_last else seen
+    stride = _tiles(moved, network)
+    return None if stride is None else Layer(int(moved.shape[1]), stride)
+
+
+def _tiles(values: Tensor, network: Size) -> int | None:
+    """Return the side of the squares that a map's cells tile the network image with, or None."""
+    rows, cols = _size(values)
+    stride = network[0] // max(rows, 1)
+    return stride if (rows * stride, cols * stride) == network else None
 
 
 def _joined(maps: Sequence[tuple[Tensor, PatchGrid]]) -> Reading:

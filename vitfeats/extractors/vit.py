@@ -128,7 +128,8 @@ class ViTExtractor(Extractor):
     @property
     def overlaps(self) -> bool:
         """Whether one convolution makes the patches, for images of any size."""
-        return self._has_patch_convolution() and _only_size(unwrapped(self.model)) is None
+        root = unwrapped(self.model)
+        return self._has_patch_convolution() and _only_size(root) is None and not _has_relative_positions(root)
 
     def resolve(self, tap: Tap) -> Tap:
         """Return the tap with its block counted from the start."""
@@ -210,7 +211,10 @@ class ViTExtractor(Extractor):
     def _attention_place(self, site: Site, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], Any]]:
         position = _PROJECTIONS.index(site)
         path = self.anatomy.attention.format(layer)
-        return (path, "attention"), lambda seen: _joined(_argument(seen, position))
+        # Heads that share their keys get copies of them there: one of each group is what was projected.
+        module = find_module(unwrapped(self.model), path)
+        group = 1 if site == "query" else getattr(module, "num_kv_groups", 1)
+        return (path, "attention"), lambda seen: _joined(_argument(seen, position)[:, ::group])
 
     def _projection_place(self, site: Site, layer: int | str) -> tuple[tuple[str, str], Callable[[Any], Any]]:
         if self.anatomy.qkv is not None:
@@ -250,6 +254,11 @@ class ViTExtractor(Extractor):
                 f"expected stride {self.card.patch} (the patch) for {self.card.name}, got {self.preprocess.stride}: it "
                 "does not make its patches with one convolution, so they cannot overlap"
             )
+        if overlapping and _has_relative_positions(root):
+            raise ConfigError(
+                f"expected stride {self.card.patch} (the patch) for {self.card.name}, got {self.preprocess.stride}: "
+                "its relative position biases belong to a grid without overlap"
+            )
         fixed = _only_size(root)
         if fixed is None:
             return
@@ -257,7 +266,8 @@ class ViTExtractor(Extractor):
         if fixed != size or overlapping:
             raise ShapeError(
                 f"expected images of {fixed} (height, width) without overlap for this module, got {size} at "
-                f"stride {self.preprocess.stride}; create it with dynamic_img_size=True (BEiT: img_size=) to use others"
+                f"stride {self.preprocess.stride}; leave size= and stride= out, or create it with "
+                "dynamic_img_size=True (BEiT: img_size=) to use others"
             )
 
     def _has_patch_convolution(self) -> bool:
@@ -274,10 +284,11 @@ class ViTExtractor(Extractor):
 
     def _strided(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the patch projection with our stride, any other convolution as it is."""
-        if args[1] is not getattr(self._projection, "weight", None):
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given["weight"] is not getattr(self._projection, "weight", None):
             return func(*args, **kwargs)
-        image, weight, bias, _, *rest = args
-        return func(image, weight, bias, as_pair(self.preprocess.stride), *rest, **kwargs)
+        return func(**{**given, "stride": as_pair(self.preprocess.stride)})
 
     def _positions(self, grid: PatchGrid) -> Handler:
         """Return a stand-in for ``F.interpolate`` that resamples position embeddings by the card's rule."""
@@ -316,6 +327,7 @@ _TIMM_ATTENTION = {
     ("timm.models.vision_transformer", "Attention"),
     ("timm.models.eva", "EvaAttention"),
     ("timm.models.beit", "Attention"),
+    ("timm.models.vision_transformer_relpos", "RelPosAttention"),
 }
 
 
@@ -342,17 +354,18 @@ def is_timm_transformer(model: nn.Module) -> bool:
 def _timm_anatomy(model: nn.Module) -> Anatomy:
     blocks: Any = model.blocks
     attention = getattr(blocks[0], "attn", None)
-    kind = type(attention)
-    if kind.__module__.startswith("timm.") and (kind.__module__, kind.__name__) not in _TIMM_ATTENTION:
-        raise _unknown_build(model, f"its blocks attend in their own way ({kind.__name__}), not over one row of tokens")
+    for kind in {type(getattr(block, "attn", None)) for block in blocks}:
+        if kind.__module__.startswith("timm.") and (kind.__module__, kind.__name__) not in _TIMM_ATTENTION:
+            raise _unknown_build(model, f"its blocks attend in a way of their own ({kind.__name__})")
     if not any(isinstance(getattr(attention, name, None), nn.Module) for name in ("qkv", "k_proj")):
         raise _unknown_build(model, "its blocks have no `attn.qkv` and no `attn.k_proj`")
 
     def path(name: str) -> str | None:
         return f"blocks.{{}}.attn.{name}" if isinstance(getattr(attention, name, None), nn.Module) else None
 
-    # With biases of their own, the projection's weight is used without the module: its hook would never fire.
-    bypassed = getattr(attention, "q_bias", None) is not None
+    # With biases of their own, the projection's weight is used without the module: its hook would never fire. With
+    # relative positions, attention is more than queries and keys: all is read where the attention is called.
+    bypassed = any(getattr(attention, name, None) is not None for name in ("q_bias", "rel_pos"))
     return Anatomy(
         block="blocks.{}",
         attention="blocks.{}.attn",
@@ -364,7 +377,7 @@ def _timm_anatomy(model: nn.Module) -> Anatomy:
         key_norm=path("k_norm"),
         final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
         patch_projection="patch_embed.proj" if hasattr(model, "patch_embed") else "embeds.proj",
-        rotary=getattr(model, "rope", None) is not None,
+        rotary=any(name.startswith(("rope", "rotary")) for name, _ in model.named_children()),
         entry="forward_features" if hasattr(model, "forward_features") else "forward",
     )
 
@@ -406,6 +419,11 @@ def _unknown_build(model: nn.Module, why: str) -> ConfigError:
         f"expected a vision transformer built as in timm or transformers, got {type(model).__name__}: {why}; "
         "if it is one of another build, describe it with anatomy=Anatomy(block='…{}', attention='…', key='…', …)"
     )
+
+
+def _has_relative_positions(root: nn.Module) -> bool:
+    """Tell whether biases belong to pairs of tokens (transformers' BEiT), made for a grid without overlap."""
+    return any(name.rpartition(".")[2] == "relative_position_bias" for name, _ in root.named_modules())
 
 
 def _only_size(root: nn.Module) -> Size | None:

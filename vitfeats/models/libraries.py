@@ -11,7 +11,7 @@ from torch import nn
 
 from vitfeats.card import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, ModelCard
 from vitfeats.errors import ConfigError, UnknownModelError, VitFeatsError, WeightsUnavailableError, nearest_names
-from vitfeats.extractors.conv import find_layers, usual_layer
+from vitfeats.extractors.conv import readable_layers, usual_layer
 from vitfeats.extractors.vit import find_anatomy, is_timm_transformer
 from vitfeats.grid import Size
 from vitfeats.hooks import unwrapped
@@ -168,7 +168,10 @@ def _created(name: str, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
     try:
         return timm.create_model(name, dynamic_img_size=True, **options)
-    except TypeError:  # takes any size as it is (DINOv3, NaFlexViT, convolutions), or one size only (BEiT)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        # Takes any size as it is (DINOv3, NaFlexViT, convolutions), or one size only (BEiT).
         return timm.create_model(name, **options)
 
 
@@ -215,9 +218,11 @@ def _load_any(network: nn.Module, checkpoint: str) -> None:
     state = read_checkpoint(checkpoint)
     own = network.state_dict()
     if not set(own) <= set(state):
-        translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-        if translate is not None:
-            state = translate(dict(state), network)
+        module = sys.modules[type(network).__module__]
+        if hasattr(module, "checkpoint_filter_fn"):
+            state = module.checkpoint_filter_fn(dict(state), network)
+        elif hasattr(module, "_filter_fn"):  # of VGG: from torchvision's names
+            state = module._filter_fn(dict(state))
     load_state(network, state, checkpoint)
 
 
@@ -244,24 +249,23 @@ def _timm_facts(network: Any) -> dict[str, Any]:
 
 
 def _stage_facts(network: Any) -> dict[str, Any]:
-    layers = find_layers(network)
-    if not layers:
-        raise _not_known(network)
-    stages = [info for info in network.feature_info if info["module"] in layers.values()]
-    channels = [info["num_chs"] for info in stages]
     fixed = getattr(getattr(network, "patch_embed", None), "strict_img_size", False)
     size = _input_size(network)
+    layers = readable_layers(network, size)
+    if not layers:
+        raise _not_known(network)
+    usual = usual_layer(layers)
     return {
         **_published(network),
-        "patch": max(info["reduction"] for info in stages),
+        "patch": max(found.stride for found in layers.values()),
         "depth": len(layers),
-        "dim": channels[-2 if len(channels) > 1 else -1],
+        "dim": layers[usual].channels,
         "heads": None,
         "prefix_tokens": 0,
         "has_cls": False,
         "default_size": size if fixed else min(size),
         "layers": tuple(layers),
-        "default_tap": f"out@{usual_layer(network)}",
+        "default_tap": f"out@{usual}",
     }
 
 

@@ -95,7 +95,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
         ConfigError: If keys or shapes do not fit; the message says which.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state and not _is_head(key)]
+    # Old files do not count the batches of their batch norms; torch does without, too.
+    optional = ("num_batches_tracked",)
+    missing = [key for key in own if key not in state and not _is_head(key) and not key.endswith(optional)]
     foreign = [key for key in state if key not in own and not _is_head(key)]
     bent = [
         f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
@@ -116,7 +118,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
 
 
 def _is_head(key: str) -> bool:
-    return key.split(".")[0] in ("head", "head_dist", "classifier", "fc", "mask_token", "pooler")
+    return key.split(".")[0] in ("head", "head_dist", "classifier", "fc", "pre_logits", "mask_token", "pooler")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
