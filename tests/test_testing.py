@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import build
@@ -135,6 +136,33 @@ class _MirroredGrid(ViTExtractor):
         return replace(d, grid=replace(d.grid, shift=40.0))
 
 
+class _KeysAreValues(ViTExtractor):
+    def read(self, batch, taps):
+        asked = {tap: replace(tap, facet="value") if tap.facet == "key" else tap for tap in taps}
+        found = super().read(batch, list(dict.fromkeys(asked.values())))
+        return {tap: found[other] for tap, other in asked.items()}
+
+
+class _AlwaysTheFirst(ViTExtractor):
+    def read(self, batch, taps):
+        found = super().read(batch, list(dict.fromkeys(replace(tap, layer=0) for tap in taps)))
+        return {tap: found[replace(tap, layer=0)] for tap in taps}
+
+
+class _RefusesFacetsAsLayers(ViTExtractor):
+    def resolve(self, tap):
+        if tap.facet == "out":
+            raise vf.TapError("no")
+        return super().resolve(tap)
+
+
+class _Rounded(ViTExtractor):
+    differentiable = False  # type: ignore[assignment]
+
+    def read(self, batch, taps):
+        return {tap: replace(r, features=r.features.detach()) for tap, r in super().read(batch, taps).items()}
+
+
 class _BackwardEach(ViTExtractor):
     def each(self, images, taps=None, *, batch_size=8):
         return iter(list(super().each(images, taps, batch_size=batch_size))[::-1])
@@ -143,6 +171,9 @@ class _BackwardEach(ViTExtractor):
 SABOTEURS: dict[str, type[ViTExtractor]] = {
     "shapes": _NoClsAtAll,
     "geometry": _MirroredGrid,
+    "tokens_are_in_place": _reading(lambda _s, _b, f: f.flip(1)),
+    "depends_on_the_image": _wrapped(lambda read, *_: {t: replace(r, cls=0 * r.cls) for t, r in read().items()}),
+    "facets_and_layers_differ": _KeysAreValues,
     "repeatable": _reading(_noisy),
     "batch_equals_singles": _reading(lambda _s, _b, f: f - f.mean(0)),
     "several_taps_equal_one": _wrapped(_other_beside_others),
@@ -181,6 +212,48 @@ def test_random_draws_and_swallowed_errors_are_caught():
     assert testing.conformance(_load(_wrapped(_draws)), ["model_is_left_alone"]).failures
     found = testing.conformance(_load(_wrapped(_swallows)), ["model_is_left_alone_after_a_failure"]).failures
     assert "expected the error of the model, got a descriptor" in found[0].reason
+
+
+@pytest.mark.parametrize("family", ["timm-siglip", "timm-dinov2-reg"])
+def test_order_and_layers_are_seen_also_without_cls(family):
+    model = build(family)
+    transposed = _reading(lambda _s, b, f: f.unflatten(1, (b.grid.rows, b.grid.cols)).transpose(1, 2).flatten(1, 2))
+    for kind, check in ((transposed, "tokens_are_in_place"), (_AlwaysTheFirst, "facets_and_layers_differ")):
+        failed = {outcome.tap.facet for outcome in testing.conformance(_load(kind, model), [check]).failures}
+        assert {"key", "query", "value", "token", "out"} <= failed
+
+
+def test_what_a_reading_does_to_the_process_is_seen():
+    def seeds(read, *_):
+        np.random.rand()
+        return read()
+
+    def switches(read, *_):
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        return read()
+
+    def writes(read, self, *_):
+        next(self.model.parameters()).data.add_(1e-3)
+        return read()
+
+    for around, words in ((seeds, "numpy's random state"), (switches, "cudnn.benchmark"), (writes, "the model as it")):
+        found = testing.conformance(_load(_wrapped(around)), ["model_is_left_alone"]).failures
+        assert found
+        assert words in found[0].reason
+    torch.backends.cudnn.benchmark = False
+
+
+def test_a_facet_refused_by_another_error_is_a_failure_and_not_a_crash():
+    report = testing.conformance(_load(_RefusesFacetsAsLayers))
+    assert [outcome.check for outcome in report.failures] == ["facets"]
+    assert "an UnknownFacetError for the facet 'out', got TapError" in report.failures[0].reason
+
+
+def test_honest_extractors_are_not_accused():
+    report = testing.conformance(_load(_Rounded), ["gradients"])
+    assert {outcome.reason for outcome in report.outcomes} == {"its `differentiable` is False"}
+    with torch.no_grad():
+        testing.conformance(_load(ViTExtractor), ["gradients", "model_is_left_alone"]).raise_for_failures()
 
 
 def test_every_check_has_a_saboteur():

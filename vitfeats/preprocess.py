@@ -185,7 +185,11 @@ def load_image(image: ImageLike) -> Float[Tensor, "3 height width"]:
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error says that memory ran out: Python's, numpy's, torch's on any device."""
     # Each allocator has its own words; only those of a GPU have a class of their own, and not all of them.
-    told = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    told = (
+        "DefaultCPUAllocator",
+        *("CUDA out of memory", "HIP out of memory", "MPS backend out of memory", "XPU out of memory"),
+        *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     )

@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,8 +33,9 @@ from torch import Tensor
 from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError, ShapeError, TapError, UnknownFacetError, VitFeatsError
 from vitfeats.extractors.base import Extractor
-from vitfeats.grid import Size
+from vitfeats.grid import Size, as_pair
 from vitfeats.hooks import count_hooks
+from vitfeats.resize import resize_images
 from vitfeats.taps import FACETS, Tap
 
 Load = Callable[..., Extractor]
@@ -142,8 +144,11 @@ def conformance(load: Load, checks: Iterable[str] = ()) -> Report:
     card = load().card
     fixed = isinstance(card.default_size, tuple)
     extractor = load(size=card.default_size if fixed else (3 * card.patch, 5 * card.patch))
-    taps, missing = taps_of(extractor)
     names = list(checks) or list(CHECKS)
+    try:
+        taps, missing = taps_of(extractor)
+    except AssertionError as error:
+        return Report(card.name, (Outcome("facets", Tap.parse(card.default_tap), "failed", str(error)),), {})
     outcomes = [_run(name, Subject(load, extractor, tap)) for tap in taps for name in names]
     return Report(card.name, tuple(outcomes), missing)
 
@@ -156,9 +161,9 @@ def assert_passes(check: str, load: Load) -> None:
 def taps_of(extractor: Extractor) -> tuple[list[Tap], dict[str, str]]:
     """Return a tap for each facet that a model has, and the reason for each that it has not.
 
-    A model must refuse a facet by ``UnknownFacetError``. Blocks in the middle are taken, so that something is left of
-    the network behind them; of a model with named layers the usual one, and, where layers can be joined, its first and
-    last together.
+    A model must refuse a facet by ``UnknownFacetError``, or ``AssertionError`` is raised. Blocks in the middle are
+    taken, so that something is left of the network behind them; of a model with named layers the usual one, and, where
+    layers can be joined, its first and last together.
     """
     card = extractor.card
     layer = Tap.parse(card.default_tap).layer if card.layers else card.depth // 2
@@ -168,6 +173,10 @@ def taps_of(extractor: Extractor) -> tuple[list[Tap], dict[str, str]]:
             taps.append(extractor.resolve(Tap(facet, layer)))
         except UnknownFacetError as error:
             missing[facet] = str(error)
+        except Exception as error:
+            raise AssertionError(
+                f"expected a tap or an UnknownFacetError for the facet '{facet}', got {error!r}"
+            ) from error
     if len(card.layers) > 1:
         with suppress(TapError):  # joining layers is not asked of everybody
             taps.append(extractor.resolve(Tap("out", f"{card.layers[0]}+{card.layers[-1]}")))
@@ -202,6 +211,52 @@ def check_geometry(subject: Subject) -> None:
     inside = (centres > 0).all() and (centres < centres.new_tensor([width, height])).all()
     _require(bool(inside), "token centres inside the image")
     _close(d.at(centres), d.features, "the features at the token centres")
+
+
+def check_tokens_are_in_place(subject: Subject) -> None:
+    """What changes most when one square of the image changes is the token there: order and grid are right."""
+    if subject.tap.facet == "cls":
+        raise Inapplicable("CLS stands for the whole image")
+    image, side = _of_size(subject.images[0], subject.size), subject.extractor.card.patch
+    plain = subject.read(image)
+    centres = plain.grid.centres()
+    rows, cols = subject.size[0] // side, subject.size[1] // side
+    for row, col in ((0, cols - 1), (rows - 1, 0), (rows // 2, cols // 2)):
+        changed = image.clone()
+        square = changed[:, row * side : (row + 1) * side, col * side : (col + 1) * side]
+        square.copy_(1 - square.flip(1))
+        moved = subject.read(changed).features[0] - plain.features[0]
+        # Less what all tokens have in common: attention carries some of the change to everybody.
+        most = (moved - moved.mean(0)).norm(dim=1).argmax()
+        x, y = centres[most].tolist()
+        reach = side / 2 + max(as_pair(plain.grid.stride))
+        off = max(abs(x - (col + 0.5) * side), abs(y - (row + 0.5) * side))
+        _require(off <= reach, f"the token at row {row}, column {col} to change most, got that at ({x:.0f}, {y:.0f})")
+
+
+def check_depends_on_the_image(subject: Subject) -> None:
+    """Another image gives other features, another CLS and other registers."""
+    d, other = subject.read(), subject.read(1 - subject.images)
+    _require(bool((d.features != other.features).any()), "features that depend on the image")
+    _require(bool((d.features[0] != d.features[1]).any()), "features that differ within a batch")
+    if (
+        isinstance(subject.tap.layer, int) and subject.tap.layer > 0
+    ):  # in the first block prefix tokens know nothing yet
+        for name in ("cls", "registers"):
+            mine, its = getattr(d, name), getattr(other, name)
+            _require(mine is None or bool((mine != its).any(-1).all()), f"{name} that depend on the image")
+
+
+def check_facets_and_layers_differ(subject: Subject) -> None:
+    """No facet is another under its name, and no layer another."""
+    extractor, tap = subject.extractor, subject.tap
+    d = subject.read()
+    others = [other for other in taps_of(extractor)[0] if other != tap]
+    layers = extractor.card.layers or (0, extractor.card.depth - 1)
+    others += [Tap(tap.facet, layer) for layer in (layers[0], layers[-1]) if layer != tap.layer]
+    for other, found in extractor(subject.images, others).items() if others else ():
+        same = found.features.shape == d.features.shape and bool(torch.equal(found.features, d.features))
+        _require(not same, f"other features than those of {other}")
 
 
 def check_repeatable(subject: Subject) -> None:
@@ -254,6 +309,8 @@ def check_overlapping_stride(subject: Subject) -> None:
 
 def check_gradients(subject: Subject) -> None:
     """Gradients reach the image where it asks for them, and none are kept where it does not."""
+    if not subject.extractor.differentiable:
+        raise Inapplicable("its `differentiable` is False")
     _require(not subject.read().features.requires_grad, "no graph for images that require no gradients")
     image = subject.images[0].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(subject.read(image).features.square().sum(), image)
@@ -272,7 +329,7 @@ def check_enters_a_graph_later(subject: Subject) -> None:
 
 def check_half_precision(subject: Subject) -> None:
     """Under bfloat16 autocast features are near those of full precision, and handed out in float32."""
-    exact = subject.read().features
+    exact = subject.read(dtype="float32").features  # not the default, which is half precision on a GPU
     half = subject.read(dtype="bfloat16").features
     _require(half.dtype == torch.float32, f"float32, got {half.dtype}")
     error = float((half - exact).norm() / exact.norm())
@@ -281,9 +338,9 @@ def check_half_precision(subject: Subject) -> None:
 
 def check_full_precision_inside_autocast(subject: Subject) -> None:
     """Full precision stays full precision inside somebody's autocast region."""
-    outside = subject.read().features
+    outside = subject.read(dtype="float32").features
     with torch.autocast(subject.extractor.device.type, torch.bfloat16):
-        _equal(subject.read().features, outside, "the features inside autocast")
+        _equal(subject.read(dtype="float32").features, outside, "the features inside autocast")
 
 
 def check_threads(subject: Subject) -> None:
@@ -309,12 +366,12 @@ def check_threads(subject: Subject) -> None:
 
 
 def check_model_is_left_alone(subject: Subject) -> None:
-    """Hooks, weights, modes, gradient flags and the random state are after a reading what they were before."""
-    before, random = _traces(subject.extractor), torch.random.get_rng_state()
+    """Hooks, weights, modes, flags, torch's switches and the random states are as they were before the reading."""
+    before, switches = _traces(subject.extractor), _switches()
     subject.read()
     _require(_traces(subject.extractor) == before, "the model as it was before")
-    _require(bool(torch.equal(torch.random.get_rng_state(), random)), "the random state as it was before")
-    _require(torch.is_grad_enabled(), "the grad mode as it was before")
+    for name, value in _switches().items():
+        _require(value == switches[name], f"{name} to be as before the reading")
 
 
 def check_model_is_left_alone_after_a_failure(subject: Subject) -> None:
@@ -381,7 +438,8 @@ def _run(name: str, subject: Subject) -> Outcome:
         raise ConfigError(f"expected a check, got {name!r}; there are {', '.join(CHECKS)}")
     tap = subject.tap
     try:
-        CHECKS[name](subject)
+        with torch.enable_grad():
+            CHECKS[name](subject)
     except Inapplicable as reason:
         return Outcome(name, tap, "inapplicable", str(reason))
     except AssertionError as error:
@@ -399,7 +457,22 @@ def _traces(extractor: Extractor) -> tuple[Any, ...]:
         count_hooks(model),
         [(module.training, sorted(vars(module)), type(module).forward) for module in model.modules()],
         [(tensor.requires_grad, tensor._version, tensor.data_ptr(), tensor.grad is None) for tensor in tensors],
+        [float(tensor.detach().sum(dtype=torch.float64)) for tensor in tensors],  # what went around the versions
     )
+
+
+def _switches() -> dict[str, Any]:
+    """Return the state of the process that a reading must not change."""
+    numpy_state = np.random.get_state()
+    return {
+        "torch's random state": hash(torch.random.get_rng_state().numpy().tobytes()),
+        "numpy's random state": hash((numpy_state[1].tobytes(), numpy_state[2])),  # type: ignore[index]
+        "the grad mode": torch.is_grad_enabled(),
+        "the number of threads": torch.get_num_threads(),
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "the precision of matrix products": torch.get_float32_matmul_precision(),
+    }
 
 
 @contextmanager
@@ -418,6 +491,10 @@ def _raising_at(model: torch.nn.Module, number: int | None) -> Iterator[list[int
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_size(image: Float[Tensor, "3 height width"], size: Size) -> Float[Tensor, "3 new_height new_width"]:
+    return resize_images(image[None], size)[0]
 
 
 def _require(holds: bool, expected: str) -> None:

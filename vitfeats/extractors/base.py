@@ -76,6 +76,11 @@ class Extractor(ABC):
         """Whether tokens may overlap: whether a stride smaller than the patch can be read."""
         return True
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients reach an image that requires them."""
+        return True
+
     def attention(self, images: Images, layer: int) -> Float[Tensor, "batch heads n n"]:
         """Return the whole attention matrix of a block, prefix tokens first, rows summing to 1, in float32.
 
