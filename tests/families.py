@@ -57,7 +57,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm-beit3": lambda: timm.create_model("beit3_base_patch16_224", **_SIZED),
     "timm-relpos": lambda: timm.create_model("vit_relpos_small_patch16_224", **_FIXED),
     "timm-hybrid": lambda: timm.create_model("vit_tiny_r_s16_p8_224", **_SIZED),
-    "timm-vitamin": lambda: timm.create_model("vitamin_small_224", num_classes=0, dynamic_img_size=True, img_size=64),
     "timm-naflex": lambda: timm.create_model("naflexvit_base_patch16_gap", **_TIMM),
     "timm-naflex-siglip": lambda: timm.create_model("naflexvit_base_patch16_siglip", **_TIMM),
     "timm-sapiens2": lambda: timm.create_model("vit_base_patch16_sapiens2", **_TIMM, num_kv_heads=(4, 2, 4)),
@@ -92,7 +91,10 @@ def shrunk(card: ModelCard) -> tuple[nn.Module, ModelCard]:
     torch.manual_seed(0)
     name = card.source.removeprefix("timm:")
     if card.layers:
-        return timm.create_model(name, pretrained=False, num_classes=0).eval().requires_grad_(False), card
+        network = timm.create_model(name, pretrained=False, num_classes=0)
+        if hasattr(network, "pre_logits"):  # of a VGG: three quarters of its weights, behind every layer that is read
+            network.pre_logits = nn.Identity()
+        return network.eval().requires_grad_(False), card
     size = {"img_size": card.default_size} if isinstance(card.default_size, tuple) else {}
     try:
         network = timm.create_model(name, pretrained=False, dynamic_img_size=True, **_TIMM)
