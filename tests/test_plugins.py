@@ -41,7 +41,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(api, "_rows", dict(api._rows))
     monkeypatch.setattr(api, "_failed", {})
     monkeypatch.setattr(api, "_sought", [])
-    monkeypatch.setattr(api, "_added", set())
+    monkeypatch.setattr(api, "_settled", set())
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path

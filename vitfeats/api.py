@@ -55,7 +55,7 @@ class Row:
 
 _rows: dict[str, Row] = {card.name: Row(card, module.load) for module in (bundled, vit, conv) for card in module.CARDS}
 _failed: dict[str, str] = {}
-_added: set[tuple[str, str]] = set()  # the entry points whose rows are in the catalogue
+_settled: set[tuple[str, str]] = set()  # the entry points that were loaded, or failed
 _sought: list[bool] = []  # whether plug-ins were looked for already
 _default: list[str] = []
 _cache: "OrderedDict[tuple[Any, ...], Extractor]" = OrderedDict()
@@ -290,7 +290,7 @@ def _load_plugins() -> None:
     try:
         for entry in entry_points(group=PLUGINS):
             key = (entry.name, entry.value)
-            if key in _added:
+            if key in _settled:
                 continue
             if _is_being_imported(entry.module):  # by somebody who asks for models meanwhile: the next look finds it
                 whole = False
@@ -301,6 +301,7 @@ def _load_plugins() -> None:
                 origin = entry.dist.name if entry.dist else entry.value
                 name = entry.name if entry.name not in _failed else f"{entry.name} ({origin})"
                 _failed[name] = f"{type(error).__name__}: {error}"
+                _settled.add(key)
                 reports.append(f"plug-in '{entry.name}' of {origin} could not be loaded: {_failed[name]}")
         if whole:
             _sought.append(True)
@@ -321,13 +322,13 @@ def _add_rows(offered: Any, key: tuple[str, str]) -> None:
             raise ConfigError(f"expected a vitfeats.api.Row, or several, got {type(row).__name__}")
     names = [row.card.name for row in rows]
     with _plugin_lock:
-        if key in _added:
+        if key in _settled:
             return
         taken = [name for name in names if name in _rows or names.count(name) > 1]
         if taken:
             raise ConfigError(f"expected names that are free, but there is a model {taken[0]!r} already")
         _rows.update(zip(names, rows, strict=True))
-        _added.add(key)
+        _settled.add(key)
 
 
 def _unknown(name: str) -> UnknownModelError:
