@@ -215,8 +215,8 @@ def check_geometry(subject: Subject) -> None:
 
 def check_tokens_are_in_place(subject: Subject) -> None:
     """What changes most when one square of the image changes is the token there: order and grid are right."""
-    if subject.tap.facet == "cls":
-        raise Inapplicable("CLS stands for the whole image")
+    if subject.tap.facet in ("cls", "attention"):
+        raise Inapplicable("CLS, and what it attends to, come from the whole image")
     image, side = _of_size(subject.images[0], subject.size), subject.extractor.card.patch
     plain = subject.read(image)
     centres = plain.grid.centres()
