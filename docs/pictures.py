@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import vitfeats as vf
 from vitfeats.apps.evaluation.datasets import apply_homography, warp
+from vitfeats.apps.inversion import invert, self_similarity_pca
+from vitfeats.configs import InvertConfig, SpliceConfig
 from vitfeats.preprocess import load_image, to_pil
 from vitfeats.resize import spread_map
 
@@ -25,6 +28,7 @@ EYE = (180.0, 110.0)  # (x, y) in pixels of the cat
 NOSE = (267.0, 244.0)
 SHOWN = 60  # matches drawn of each matcher
 WITHIN = 16.0  # pixels from the truth that count as right
+INVERSION_STEPS = 300  # of each; about a minute on one core
 GREEN, RED = (40, 200, 80), (230, 40, 40)
 
 
@@ -172,6 +176,63 @@ def attention(extractor: vf.Extractor) -> Image.Image:
     return sheet(panels, columns=3, width=330)
 
 
+def inversion(extractor: vf.Extractor) -> Image.Image:
+    """Draw the cat as its features remember it: facets of ``mini``, untrained weights, and CLS at four depths."""
+    cat = vf.samples.cat()
+    small = extractor.resized(size=112, stride=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=112, dynamic_img_size=True)
+    random = vf.load_extractor(network.eval().requires_grad_(False), size=112, stride=8, card=small.card)
+    panels = []
+    for label, reader, taps in (
+        ("", small, ("key@11", "token@11", "key@5")),
+        (", untrained", random, ("key@11",)),
+        ("", small, ("cls@2", "cls@5", "cls@8", "cls@11")),
+    ):
+        for tap in taps:
+            found = invert(cat, tap, model=reader, config=InvertConfig(steps=INVERSION_STEPS))
+            print(f"{found!r}{label}", file=sys.stderr)
+            panels.append((f"{tap}{label}: {found.psnr[0]:.1f} dB", found.image))
+            if len(panels) == 1:
+                panels.insert(0, ("as the model sees it", to_pil(found.target)))
+    return sheet(panels, columns=3, width=400)
+
+
+def structure(extractor: vf.Extractor) -> Image.Image:
+    """Draw what is like what in two photographs, by the keys of the last block."""
+    panels = []
+    for name in ("cat", "coffee"):
+        (picture,) = vf.samples.load(name)
+        d = extractor.resized(size=224, stride=8)(picture, "key@11")
+        panels += [(name, picture), ("its self-similarity", cells(self_similarity_pca(d), d))]
+    return sheet(panels, columns=2, width=420)
+
+
+def splice(extractor: vf.Extractor) -> Image.Image:
+    """Draw the astronaut in the colours of Grace Hopper's portrait, with the default settings."""
+    astronaut, hopper = vf.samples.portrait_pair()
+    made = vf.splice(astronaut, hopper, model=extractor.resized(size=224, stride=16), progress=True)
+    panels = [("structure", astronaut), ("appearance", hopper.crop((0, 40, 512, 552))), ("result", made.image)]
+    return sheet(panels, columns=3, width=330)
+
+
+def splice_terms(extractor: vf.Extractor) -> Image.Image:
+    """Draw what each term of the default objective does: all of them, then each left out."""
+    reader = extractor.resized(size=224, stride=16)
+    panels = []
+    for label, changes in (
+        ("all terms", {}),
+        ("without appearance", {"appearance": 0.0}),
+        ("without transport", {"transport": 0.0}),
+        ("without structure", {"structure": 0.0}),
+    ):
+        config = SpliceConfig.preset("fast", working_size=128, **changes)
+        made = vf.splice(*vf.samples.portrait_pair(), model=reader, config=config, progress=True)
+        panels.append((label, made.image))
+    return sheet(panels, columns=2, width=400)
+
+
 PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     draw.__name__: draw
     for draw in (
@@ -187,6 +248,10 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         upsample,
         saliency,
         attention,
+        inversion,
+        structure,
+        splice,
+        splice_terms,
     )
 }
 """Every picture by its name."""

@@ -1,7 +1,8 @@
 """Descriptors made by hand, so that a test knows every number in them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jaxtyping
 import torch
@@ -40,9 +41,16 @@ def random_descriptor(seed: int, rows: int = 4, cols: int = 5, dim: int = 8, bat
 @contextmanager
 def as_users_run() -> Iterator[None]:
     """Switch the run-time type checks off: users run without them, and must meet the library's own errors."""
-    before = jaxtyping.config.jaxtyping_disable
+    before, decorator = jaxtyping.config.jaxtyping_disable, jaxtyping.jaxtyped
+
+    def jaxtyped(**settings: Any) -> Callable[[Any], Any]:
+        # A function inside another is decorated anew at every call, which takes longer than a small network.
+        return lambda made: made if "<locals>" in made.__qualname__ else decorator(**settings)(made)
+
     jaxtyping.config.update("jaxtyping_disable", True)
+    jaxtyping.jaxtyped = jaxtyped
     try:
         yield
     finally:
+        jaxtyping.jaxtyped = decorator
         jaxtyping.config.update("jaxtyping_disable", before)

@@ -49,6 +49,23 @@ def test_extraction_runs(module):
     ]
 
 
+def test_splice_compares_every_line_with_the_plain_loop(module, capsys):
+    rows = module("splice").rows(size=(48, 64), runs=1, number=1, tiny=True, letters="fgh", memory=False)
+    assert "all agree within" in capsys.readouterr().out
+    assert [row.what.partition("(")[2][:1] for row in rows[:-1]] == list("fgh")
+    assert all(float(row.ratio) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_splice_measures_memory_in_processes_of_its_own(module):
+    rows = module("splice")._memory("f", (48, 64), 1, True)
+    assert [row.what for row in rows] == [
+        "memory of a step: (f) + two hooks, no (n, n) matrix / plain",
+        "memory of structure_loss, both ways: factored / matrix",
+    ]
+    assert all(row.ours.endswith(" MB") for row in rows)
+
+
 def test_pairs_are_run_in_turns_and_compared(module):
     measuring = module("measuring")
     ran: list[str] = []

@@ -1,12 +1,17 @@
 """The losses: both forms against float64, zero at equality, gradients, and what they refuse."""
 
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
+import ot
 import pytest
 import torch
 
 import vitfeats as vf
 from vitfeats.grid import Frame, PatchGrid
+from vitfeats.losses import moments_loss, transport_loss
+from vitfeats.matching import transport_plan
 from vitfeats.taps import Tap
 
 
@@ -182,3 +187,153 @@ def test_gradients_flow_from_the_image_through_the_network(mini):
     loss = loss + vf.identity_loss(made["key@11"], target["key@11"])
     (gradient,) = torch.autograd.grad(loss, image)
     assert float(gradient.abs().max()) > 0
+
+
+# Sets of tokens ------------------------------------------------------------------------------------------------------
+
+
+def _tokens(seed: int, n: int = 12, dim: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, n, dim, generator=generator, dtype=torch.float64) * 2 + 1
+
+
+def _transport(out: torch.Tensor, target: torch.Tensor, **settings) -> torch.Tensor:
+    return transport_loss(_descriptor(out, "token@2"), _descriptor(target, "token@2"), **settings)
+
+
+def test_moments_are_those_of_numpy():
+    a, b = _tokens(0, 12), _tokens(1, 20)
+    value = float(moments_loss(_descriptor(a), _descriptor(b)))
+    (x, y) = a[0].numpy(), b[0].numpy()
+    means = ((x.mean(0) - y.mean(0)) ** 2).sum() / (y.mean(0) ** 2).sum()
+    covariances = ((np.cov(x.T) - np.cov(y.T)) ** 2).sum() / (np.cov(y.T) ** 2).sum()
+    assert value == pytest.approx(means + covariances, rel=1e-10)
+
+
+def test_moments_are_equal_for_equal_tokens_wherever_they_lie():
+    a, b = _tokens(0), _tokens(1)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    assert float(moments_loss(_descriptor(a), _descriptor(a))) == 0
+    assert float(moments_loss(_descriptor(a), _descriptor(a[:, order]))) < 1e-20
+    torch.testing.assert_close(
+        moments_loss(_descriptor(a[:, order]), _descriptor(b)), moments_loss(_descriptor(a), _descriptor(b))
+    )
+    # Of a batch it is the mean; a common factor of both does not matter.
+    both = moments_loss(_descriptor(torch.cat([a, b])), _descriptor(torch.cat([b, a])))
+    one, other = moments_loss(_descriptor(a), _descriptor(b)), moments_loss(_descriptor(b), _descriptor(a))
+    torch.testing.assert_close(both, (one + other) / 2)
+    torch.testing.assert_close(moments_loss(_descriptor(3 * a), _descriptor(3 * b)), one)
+
+
+def test_moments_have_a_gradient_also_at_equality_and_for_constant_tokens():
+    for a, b in ((_tokens(0), _tokens(0)), (_tokens(0), torch.ones(1, 9, 5)), (_tokens(0), torch.zeros(1, 9, 5))):
+        leaf = a.float().clone().requires_grad_()
+        value = moments_loss(_descriptor(leaf), _descriptor(b.float()))
+        value.backward()
+        assert bool(value.isfinite())
+        assert bool(leaf.grad.isfinite().all())
+
+
+def test_transport_of_equal_tokens_costs_nearly_nothing():
+    a = _tokens(0)
+    costs = [float(_transport(a, a, epsilon=epsilon)) for epsilon in (0.2, 0.05, 0.002)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 1e-4
+    assert 1 < float(_transport(_tokens(1, 200, 50), _tokens(2, 200, 50), epsilon=1.0)) < 3, "strangers cost about 2"
+
+
+def test_without_places_the_order_of_tokens_does_not_matter():
+    a, b = _tokens(0), _tokens(1)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    plain = _transport(a, b, place=0)
+    torch.testing.assert_close(_transport(a, b[:, order], place=0), plain)
+    torch.testing.assert_close(_transport(a[:, order], b, place=0), plain)
+    # With places, what lies elsewhere is dearer to reach than what lies at the same place.
+    assert float(_transport(a, a.flip(1), place=50.0)) > float(_transport(a, a, place=50.0)) + 0.5
+    torch.testing.assert_close(_transport(3 * a + 7, 3 * b + 7), _transport(a, b))  # in units of the target's spread
+
+
+def _written_out(a: torch.Tensor, b: torch.Tensor, place: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cost of each pair in units of the target's variance, cost that the plan minimises)."""
+    x, y = a[0].numpy(), b[0].numpy()
+    cost = ((x[:, None] - y[None]) ** 2).mean(2) / y.var(0).mean()
+    across, across_y = (np.arange(n)[:, None] / n + 0.5 / n for n in (len(x), len(y)))  # one row of tokens
+    return cost, cost / cost.mean() + place * (across - across_y.T) ** 2
+
+
+@pytest.mark.parametrize("place", [0.0, 4.0])
+def test_transport_is_that_of_the_peer(place):
+    a, b = _tokens(0, 7), _tokens(1, 9)
+    cost, whole = _written_out(a, b, place)
+    plan = ot.sinkhorn(np.full(7, 1 / 7), np.full(9, 1 / 9), whole, 0.2, numItermax=5000, stopThr=1e-12)
+    assert float(_transport(a, b, place=place, epsilon=0.2)) == pytest.approx((plan * cost).sum(), rel=1e-4)
+    # With little entropy it comes near the exact plan, above which no plan can fall.
+    exact = (ot.emd(np.full(7, 1 / 7), np.full(9, 1 / 9), whole) * cost).sum()
+    if place == 0:
+        assert exact - 1e-6 < float(_transport(a, b, place=0.0, epsilon=0.02)) < 1.1 * exact
+
+
+def test_the_gradient_of_transport_is_that_of_its_fixed_plan():
+    a, b = _tokens(0, 6, 4), _tokens(1, 8, 4)
+    leaf = a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(_transport(leaf, b), leaf)
+    _, whole = _written_out(a, b, 4.0)
+    plan = transport_plan(-torch.from_numpy(whole), epsilon=0.05).numpy()
+
+    def fixed(x: torch.Tensor) -> float:
+        return float((plan * _written_out(x, b, 4.0)[0]).sum())
+
+    for token, channel in ((0, 0), (2, 3), (5, 1)):
+        step = torch.zeros_like(a)
+        step[0, token, channel] = 1e-5
+        slope = (fixed(a + step) - fixed(a - step)) / 2e-5
+        assert float(gradient[0, token, channel]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_transport_has_a_gradient_also_at_equality_and_for_constant_tokens():
+    constant = torch.ones(1, 6, 5)
+    for a, b in ((_tokens(0), _tokens(0)), (constant, constant), (_tokens(0), constant), (constant, _tokens(0))):
+        leaf = a.float().clone().requires_grad_()
+        value = _transport(leaf, b.float())
+        value.backward()
+        assert bool(value.isfinite())
+        assert bool(leaf.grad.isfinite().all())
+
+
+def test_following_the_gradient_of_either_brings_the_tokens_together():
+    target = _descriptor(_tokens(1, 16).float(), "token@2")
+    for loss in (moments_loss, partial(transport_loss, epsilon=0.01)):
+        leaf = _tokens(0, 16).float().requires_grad_()
+        optimiser = torch.optim.Adam([leaf], lr=0.1)
+        values = []
+        for _ in range(60):
+            value = loss(_descriptor(leaf, "token@2"), target)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            values.append(float(value.detach()))
+        assert values[-1] < 0.1 * values[0]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_losses_of_token_sets_refuse():
+    a, b = _descriptor(torch.randn(1, 6, 8)), _descriptor(torch.randn(1, 9, 8))
+    for loss in (moments_loss, transport_loss):
+        loss(a, b)  # grids may differ
+        with pytest.raises(vf.ConfigError, match="one tap of one model in both, got key@11 of m and key@9 of m"):
+            loss(a, replace(b, tap=Tap("key", 9)))
+        with pytest.raises(vf.ConfigError, match="got key@11 of m and key@11 of other"):
+            loss(a, replace(b, model="other"))
+        with pytest.raises(
+            vf.ShapeError, match=r"as many images and channels in both, .*got \(1, 6, 8\) and \(2, 6, 8\)"
+        ):
+            loss(a, _descriptor(torch.randn(2, 6, 8)))
+        with pytest.raises(vf.ShapeError, match=r"got \(1, 6, 8\) and \(1, 6, 7\)"):
+            loss(a, _descriptor(torch.randn(1, 6, 7)))
+    with pytest.raises(vf.ShapeError, match=r"and at least 2 tokens, got \(1, 6, 8\) and \(1, 1, 8\)"):
+        moments_loss(a, _descriptor(torch.randn(1, 1, 8)))
+    for place in (-1.0, float("nan")):
+        with pytest.raises(vf.ConfigError, match=f"expected place of at least 0, got {place}"):
+            transport_loss(a, b, place=place)
+    with pytest.raises(vf.ConfigError, match="expected epsilon above 0, got 0"):
+        transport_loss(a, b, epsilon=0)

@@ -164,3 +164,24 @@ def test_a_negative_number_of_matches_is_refused(mini):
     d = mini(vf.samples.cat(), "key@11")
     with pytest.raises(vf.ConfigError, match="most of at least 0, got -3"):
         vf.plot.matches(vf.samples.cat(), vf.samples.cat(), vf.match_mutual(d, d), most=-3)
+
+
+def test_losses_of_a_run():
+    history = [{"step": i, "loss": 2.0 / (i + 1), "structure": 0.1} for i in range(30)]
+    for record in history[::10]:
+        record["whole"] = 0.5
+    check(plot.losses(history))
+    fewer = [{key: value for key, value in record.items() if key != "whole"} for record in history]
+    assert not np.array_equal(np.asarray(plot.losses(history)), np.asarray(plot.losses(fewer)))
+
+
+def test_losses_that_a_logarithm_does_not_take_are_gaps():
+    check(plot.losses([{"step": 0, "loss": 1.0}]))
+    check(plot.losses([{"step": i, "loss": 1.0 - i} for i in range(4)]))
+    check(plot.losses([{"step": i, "loss": 0.0} for i in range(4)]))
+    check(plot.losses([{"step": i, "loss": value} for i, value in enumerate((1.0, float("nan"), float("inf"), 0.5))]))
+
+
+def test_no_losses_are_refused():
+    with pytest.raises(ShapeError, match="expected a history of at least one step, got none"):
+        plot.losses([])

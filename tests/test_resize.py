@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vitfeats.errors import ConfigError
 from vitfeats.grid import PatchGrid
-from vitfeats.resize import POSITION_RULES, resize_images, resize_positions, spread_map
+from vitfeats.resize import POSITION_RULES, carry_detail, resize_images, resize_positions, spread_map
 
 settings.register_profile("resize", deadline=None, max_examples=30)
 settings.load_profile("resize")
@@ -201,3 +201,75 @@ def test_spreading_is_differentiable():
     maps = torch.randn(1, 2, 3, 3, requires_grad=True)
     spread_map(maps, PatchGrid(3, 3, 8, 4), (20, 20)).square().sum().backward()
     assert bool((maps.grad != 0).all())
+
+
+def _small_and_large(seed: int = 0, size: tuple[int, int] = (96, 130)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an image with detail, and itself made smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    large = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=size, mode="bilinear")
+    large = 0.7 * large + 0.3 * torch.rand(1, 3, *size, generator=generator)
+    return resize_images(large, (size[0] // 3, size[1] // 3)), large
+
+
+def test_detail_carried_to_the_same_size_is_the_image_itself():
+    small, _ = _small_and_large()
+    made = torch.rand_like(small)
+    assert torch.equal(carry_detail(made, small, small.clone()), made)
+
+
+def test_a_recolouring_is_carried_exactly():
+    """Where the made colours are an affine map of the guide's, the large image gets the same map, with its detail."""
+    small, large = _small_and_large()
+    turn = torch.tensor([[0.2, 0.5, 0.1], [-0.3, 0.4, 0.2], [0.1, -0.2, 0.3]])
+
+    def recoloured(image: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("oi,bihw->bohw", turn, image) + torch.tensor([0.1, 0.3, 0.4])[:, None, None]
+
+    made, wanted = recoloured(small), recoloured(large)
+    assert bool(((wanted > 0) & (wanted < 1)).all())
+    torch.testing.assert_close(carry_detail(made, small, large, epsilon=1e-9), wanted, atol=1e-4, rtol=0)
+    # With the usual floor, detail is still carried: an enlargement alone is several times as far away.
+    plain = torch.nn.functional.interpolate(made, size=large.shape[-2:], mode="bilinear", align_corners=False)
+    error, plain_error = ((x - wanted).abs().mean() for x in (carry_detail(made, small, large), plain))
+    assert float(error) < 0.3 * float(plain_error)
+
+
+def test_the_guide_itself_comes_back_nearly_whole():
+    small, large = _small_and_large(1)
+    assert float((carry_detail(small, small, large, epsilon=1e-9) - large).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("size", [(96, 130), (40, 200), (32, 43), (10, 9)])
+def test_carried_values_stay_in_0_to_1(size):
+    small, _ = _small_and_large(2)
+    generator = torch.Generator().manual_seed(3)
+    for made in (
+        torch.rand(small.shape, generator=generator),
+        (torch.rand(small.shape, generator=generator) > 0.5).float(),
+    ):
+        carried = carry_detail(made, small, torch.rand(1, 3, *size, generator=generator))
+        assert carried.shape == (1, 3, *size)
+        assert carried.dtype == torch.float32
+        assert bool(((carried >= 0) & (carried <= 1)).all())
+
+
+def test_a_guide_without_detail_divides_by_nothing():
+    made = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    flat = torch.full((1, 3, 20, 30), 0.3)
+    carried = carry_detail(made, flat, torch.full((1, 3, 50, 70), 0.3), epsilon=1e-3)
+    plain = torch.nn.functional.interpolate(made, size=(50, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(carried, plain, atol=1e-5, rtol=0)
+
+
+def test_detail_of_each_image_of_a_batch_is_its_own():
+    (a, large_a), (b, large_b) = _small_and_large(4), _small_and_large(5)
+    made = torch.rand(2, *a.shape[1:], generator=torch.Generator().manual_seed(0))
+    both = carry_detail(made, torch.cat([a, b]), torch.cat([large_a, large_b]))
+    torch.testing.assert_close(both[:1], carry_detail(made[:1], a, large_a), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[1:], carry_detail(made[1:], b, large_b), atol=1e-5, rtol=0)
+
+
+def test_a_window_may_be_larger_than_the_image():
+    made = torch.rand(1, 3, 3, 2)
+    carried = carry_detail(made, torch.rand(1, 3, 3, 2), torch.rand(1, 3, 9, 6), radius=6)
+    assert bool(carried.isfinite().all())

@@ -36,6 +36,7 @@ __all__ = [
     "cosine_similarity",
     "extract",
     "identity_loss",
+    "invert",
     "list_models",
     "load_extractor",
     "log_bin",
@@ -50,6 +51,7 @@ __all__ = [
     "self_similarity",
     "set_default_model",
     "similarity_map",
+    "splice",
     "structure_loss",
     "transfer_points",
     "upsample",
@@ -58,6 +60,8 @@ __all__ = [
 if TYPE_CHECKING:
     from vitfeats import plot, samples
     from vitfeats.api import extract, list_models, load_extractor, register_model, set_default_model
+    from vitfeats.apps.inversion import invert
+    from vitfeats.apps.splice import splice
     from vitfeats.attention_maps import saliency
     from vitfeats.card import ModelCard
     from vitfeats.descriptor import Descriptor, Descriptors
@@ -92,6 +96,8 @@ if TYPE_CHECKING:
 
 # Read on first use (PEP 562), so that `import vitfeats` loads neither torch nor any model library.
 _HOME = {
+    "vitfeats.apps.inversion": ("invert",),
+    "vitfeats.apps.splice": ("splice",),
     "vitfeats.api": ("extract", "list_models", "load_extractor", "register_model", "set_default_model"),
     "vitfeats.attention_maps": ("saliency",),
     "vitfeats.card": ("ModelCard",),

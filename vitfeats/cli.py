@@ -1,4 +1,4 @@
-"""The command line: ``vitfeats extract | pca | similarity | match | models``.
+"""The command line: ``vitfeats extract | pca | similarity | match | splice | invert | models``.
 
 Exit code 0: done; 1: something could not be done, said on standard error; 2: the command was not understood.
 Results go to standard output, progress to standard error. Nothing heavy is imported before a command runs.
@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.configs import ExtractorConfig
+from vitfeats.configs import ExtractorConfig, InvertConfig, Preset, SpliceConfig, read_config
 from vitfeats.errors import ConfigError, ImageError, VitFeatsError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitfeats.extractors.base import Extractor
+
+C = TypeVar("C")
 
 PICTURE_SIZE = 448  # shorter side for pictures: enough tokens to see something, seconds on a CPU
 
@@ -119,6 +121,70 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Splice:
+    """Paint the structure of one image with the appearance of another: train a small generator for this pair.
+
+    Attributes:
+        images: Two image files: structure, then appearance.
+        sample: Use a sample instead, as for pca; portraits is the pair to begin with.
+        out: Folder for the result, losses, history, snapshots and checkpoints (made if missing).
+        preset: reference is the published recipe; fast the default; draft a first look, about two minutes on a CPU.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights and crops.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        tensorboard: Write losses and pictures for TensorBoard into the folder.
+        json: Print one JSON object instead of text.
+        options: Model, size and stride of what it sees (default: the settings'), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("splice")
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Find a picture that has the features of an image: what do they know of it?
+
+    Attributes:
+        images: One image file.
+        sample: Use a sample instead, as for pca; its first image.
+        out: Folder for pictures, losses and settings (made if missing).
+        tap: Which feature, facet@layer. Default: the model's usual tap.
+        layers: Invert the tap's facet at each of these layers, and draw them in a row.
+        preset: reference has the published numbers; fast is the default; draft a first look.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        starts: Pictures to find, each from random weights of its own, in place of the settings'.
+        seed: Of first weights and noise.
+        json: Print one JSON object instead of text.
+        options: Model, device; size and stride are the settings' unless given.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("inversion")
+    tap: str | None = None
+    layers: tuple[int, ...] = ()
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    starts: int | None = None
+    seed: int = 0
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
 class Models:
     """List the models by name.
 
@@ -136,6 +202,8 @@ Command = (
     | Annotated[Pca, subcommand("pca")]
     | Annotated[Similarity, subcommand("similarity")]
     | Annotated[Match, subcommand("match")]
+    | Annotated[Splice, subcommand("splice")]
+    | Annotated[Invert, subcommand("invert")]
     | Annotated[Models, subcommand("models")]
 )
 
@@ -153,8 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VitFeatsError as error:
         print(f"vitfeats: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("vitfeats: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # a long run says how to go on
+        told = next((words for words in interrupt.args if isinstance(words, str)), "interrupted")
+        print(f"vitfeats: {told}", file=sys.stderr)
         return 130
 
 
@@ -262,6 +331,78 @@ def _match(command: Match) -> int:
     return 0
 
 
+def _splice(command: Splice) -> int:
+    from vitfeats.apps.evaluation import transfer_markdown, transfer_table
+    from vitfeats.apps.splice import splice
+
+    config = _settings(command, SpliceConfig, steps=command.steps)
+    images = _images(command.images, command.sample)
+    if len(images) != 2:
+        raise ConfigError(f"expected two images, structure and appearance, got {len(images)}")
+    extractor = _extractor(_completed(command.options, size=config.size, stride=config.stride, dtype=config.dtype))
+    log = None
+    if command.tensorboard:
+        from vitfeats.runs import tensorboard
+
+        log = tensorboard(command.out, image_every=config.snapshot_every)
+    structure, appearance = images
+    result = splice(
+        structure,
+        appearance,
+        model=extractor,
+        config=config,
+        seed=command.seed,
+        callback=log,
+        out=command.out,
+        resume=command.resume,
+        progress=not command.json,
+    )
+    rows = transfer_table({"result": result.image}, structure, appearance, extractor=extractor)
+    facts = {
+        "model": extractor.card.name,
+        "out": str(command.out / "result.png"),
+        "steps": len(result.history),
+        "stopped": result.stopped,
+        "losses": result.history[-1] if result.history else {},
+        "measures": {name: measures.as_dict() for name, measures in rows.items()},
+    }
+    told = f"{command.out / 'result.png'}: {len(result.history)} steps, {result.stopped}"
+    _say(command.json, facts, f"{told}\n\n{transfer_markdown(rows)}")
+    return 1 if result.stopped == "not finite" else 0
+
+
+def _invert(command: Invert) -> int:
+    from vitfeats.apps.inversion import invert, invert_layers, strip
+    from vitfeats.taps import Tap
+
+    config = _settings(command, InvertConfig, steps=command.steps, starts=command.starts)
+    image = _images(command.images, command.sample)[0]
+    given = command.options.size is not None or command.options.stride is not None
+    extractor = _extractor(_completed(command.options, size=config.size))
+    if not given and config.overlap > 1 and extractor.overlaps:
+        extractor = extractor.resized(stride=extractor.card.patch // config.overlap)
+    tap = Tap.parse(command.tap or extractor.card.default_tap)
+    settings: dict[str, Any] = {
+        "model": extractor,
+        "config": config,
+        "seed": command.seed,
+        "progress": not command.json,
+    }
+    if command.layers:
+        found = invert_layers(image, command.layers, tap.facet, **settings)
+    else:
+        found = [invert(image, tap, **settings)]
+    for inversion in found:
+        inversion.save(command.out / str(inversion.tap) if command.layers else command.out)
+    if command.layers:
+        _save_picture(strip(found), command.out / "strip.png")
+    rows = [{"tap": str(i.tap), "loss": i.losses[i.best], "psnr": i.psnr[i.best]} for i in found]
+    facts = {"model": extractor.card.name, "out": str(command.out), "inversions": rows}
+    lines = [f"{row['tap']}: loss {row['loss']:.4g}, {row['psnr']:.1f} dB" for row in rows]
+    _say(command.json, facts, "\n".join([f"pictures in {command.out}", *lines]))
+    return 0
+
+
 def _models(command: Models) -> int:
     import warnings
 
@@ -283,7 +424,29 @@ def _models(command: Models) -> int:
     return 0
 
 
-_RUN: dict[type, Any] = {Extract: _extract, Pca: _pca, Similarity: _similarity, Match: _match, Models: _models}
+_RUN: dict[type, Any] = {
+    Extract: _extract,
+    Pca: _pca,
+    Similarity: _similarity,
+    Match: _match,
+    Splice: _splice,
+    Invert: _invert,
+    Models: _models,
+}
+
+
+def _settings(command: Any, kind: type[C], **changes: Any) -> C:
+    """Return a command's settings: the preset, changed by the file, changed by what was given on the command line."""
+    base = kind.preset(command.preset)  # type: ignore[attr-defined] - every kind of settings has presets
+    config = base if command.config is None else read_config(command.config, kind, base=base)
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
+
+
+def _completed(options: ExtractorConfig, **usual: Any) -> ExtractorConfig:
+    """Return the options, with other defaults than the model's own."""
+    unset = ExtractorConfig()
+    changes = {name: value for name, value in usual.items() if getattr(options, name) == getattr(unset, name)}
+    return dataclasses.replace(options, **changes)
 
 
 def _extractor(options: ExtractorConfig) -> "Extractor":

@@ -1,8 +1,19 @@
-"""Run settings, as frozen dataclasses of the standard library: the command line reads them without torch."""
+"""Run settings, as frozen dataclasses of the standard library: the command line reads them without torch.
 
+A run's settings are written to YAML and read from it. Unknown keys are refused: a setting with a typing error in its
+name would otherwise do nothing, without a word.
+"""
+
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from vitfeats.errors import ConfigError, nearest_names
+
+C = TypeVar("C")
+
+Preset = Literal["reference", "fast", "draft"]
 
 
 @dataclass(frozen=True)
@@ -31,3 +42,312 @@ class ExtractorConfig:
     norm_qk: bool = False
     rope: Literal["pre", "post"] = "pre"
     checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class SpliceConfig:
+    """How to paint the structure of one image with the appearance of another (Tumanyan et al., CVPR 2022).
+
+    Weights are of means over elements, as in the published code. A weight of 0 leaves its term out. "Crops" are the
+    terms of every step; "whole" those of the uncropped structure image, every `whole_every` steps.
+
+    Attributes:
+        appearance: Weight of the appearance term: the CLS token of the made image against that of the appearance image.
+        structure: Weight of the structure term: self-similarity of keys, against the structure image.
+        identity: Weight of the identity term: keys of the painted appearance image, against itself.
+        whole_appearance: Weight of the appearance term of the whole image.
+        whole_structure: Weight of the structure term of the whole image.
+        transport: Weight of the transport terms, one a tap: tokens of the made image against those of the appearance
+            image, carried to each other at the least cost. Not published.
+        transport_taps: Where they are read.
+        place: How much the place in the image counts in that cost.
+        relative: Divide the appearance terms by the distance of the two images' CLS tokens, so that their weight
+            means the same for every model. Not published.
+        whole_every: Steps from one whole image to the next.
+        warmup: Steps at the beginning with the appearance term alone (besides the whole image).
+        structure_tap: Where structure and identity are compared.
+        appearance_tap: Where appearance is compared.
+        size: Shorter side of what the model sees, in pixels.
+        max_size: Longest side of what the model sees, in pixels.
+        stride: Step between the model's tokens in pixels; must divide the patch. Default: the patch.
+        resize: "antialiased": bicubic, to whole patches. "published": bilinear without antialiasing, what exceeds whole
+            patches cut off, as torchvision 0.10 and DINO's release do together.
+        views: Augmented crops of each image that are made once, with their features, and drawn from at random; 0 makes
+            new ones at every step.
+        smallest_crop: Smallest side of a crop, as a share of the image's height.
+        flip: Probability that an image is flipped.
+        jitter: Probability that the structure image's colours are shifted.
+        blur: Probability that the structure image is blurred.
+        working_size: Shorter side in pixels at which the generator is trained; its picture is then carried to full
+            resolution with the structure image as guide. Default: full resolution.
+        residual: The generator adds to the structure image instead of painting anew, and so begins at it.
+        channels: Of the generator, from the finest scale to the coarsest.
+        steps: Optimiser steps.
+        lr: Learning rate of Adam.
+        betas: Decay rates of Adam.
+        schedule: "constant", or "cosine" from lr down to 0.
+        dtype: Precision of model and generator; auto is float32 on a CPU and bfloat16 autocast on a GPU.
+        channels_last: Keep the generator's arrays with their channels last.
+        compile: Compile the generator with torch.compile (minutes at first, needs a C++ compiler on a CPU).
+        checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
+        snapshot_every: Steps from one picture to the next, where a folder is written; 0 writes none.
+        patience: Stop where the mean loss of so many steps is not at least 1 % below that of as many before; 0 never.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    appearance: float = 1.0
+    structure: float = 2.0
+    identity: float = 0.0
+    whole_appearance: float = 0.0
+    whole_structure: float = 0.0
+    transport: float = 1.0
+    transport_taps: tuple[str, ...] = ("token@0", "token@2", "token@5")
+    place: float = 5.0
+    relative: bool = True
+    whole_every: int = 75
+    warmup: int = 1
+    structure_tap: str = "key@-1"
+    appearance_tap: str = "cls@-1"
+    size: int = 224
+    max_size: int = 480
+    stride: int | None = None
+    resize: Literal["antialiased", "published"] = "antialiased"
+    views: int = 16
+    smallest_crop: float = 0.85
+    flip: float = 0.0
+    jitter: float = 0.0
+    blur: float = 0.0
+    working_size: int | None = 192
+    residual: bool = True
+    channels: tuple[int, ...] = (16, 32, 64, 128, 128)
+    steps: int = 300
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.99)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint_every: int = 100
+    snapshot_every: int = 100
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run could use."""
+        whole = ("steps", "size", "max_size", "whole_every")
+        _require(self, 1, *whole, *(name for name in ("stride", "working_size") if getattr(self, name) is not None))
+        _require(
+            self, 0, "appearance", "structure", "identity", "whole_appearance", "whole_structure", "warmup", "views"
+        )
+        _require(self, 0, "transport", "place")
+        _require(self, 0, "lr", "checkpoint_every", "snapshot_every", "patience")
+        _require(self, 0, "flip", "jitter", "blur", most=1)
+        if not 0 < self.smallest_crop <= 1:
+            raise ConfigError(f"expected smallest_crop in 0..1 and not 0, got {self.smallest_crop}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"expected betas of at least 0 and below 1, got {self.betas}")
+        if self.max_size < self.size:
+            raise ConfigError(f"expected max_size of at least size ({self.size}), got {self.max_size}")
+        weights = (self.appearance, self.structure, self.identity, self.whole_appearance, self.whole_structure)
+        weights = (*weights, self.transport)
+        if self.schedule not in ("constant", "cosine"):
+            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+        if self.resize not in ("antialiased", "published"):
+            raise ConfigError(f"expected resize 'antialiased' or 'published', got {self.resize!r}")
+        if not any(weights):
+            raise ConfigError("expected at least one weight above 0, got none; nothing would be optimised")
+
+    @classmethod
+    def preset(cls, name: Preset = "fast", **changes: Any) -> "SpliceConfig":
+        """Return settings by name, with some of them changed.
+
+        Args:
+            name: "reference" is the published recipe, number for number; "fast" the default; "draft" for a first look,
+                on a CPU.
+            **changes: Other values.
+
+        Raises:
+            ConfigError: If there is no such preset or setting.
+        """
+        return _preset(cls, SPLICE_PRESETS, name, changes)
+
+
+SPLICE_PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "appearance": 10.0,
+        "structure": 1.0,
+        "identity": 1.0,
+        "whole_appearance": 10.0,
+        "whole_structure": 1.0,
+        "transport": 0.0,
+        "relative": False,
+        "flip": 0.5,
+        "jitter": 0.5,
+        "blur": 0.2,
+        "lr": 0.002,
+        "betas": (0.0, 0.99),
+        "schedule": "constant",
+        "resize": "published",
+        "views": 0,
+        "smallest_crop": 0.95,
+        "working_size": None,
+        "residual": False,
+        "steps": 10_000,
+        "dtype": "float32",
+    },
+    "fast": {},
+    "draft": {"steps": 100, "working_size": 128},
+}
+"""What the presets change in the defaults of :class:`SpliceConfig`."""
+
+
+def read_config(path: Path | str, kind: type[C], *, base: C | None = None) -> C:
+    """Return settings from a YAML file.
+
+    Args:
+        path: The file: setting: value, one a line; `preset: NAME` begins from a preset.
+        kind: The class of the settings.
+        base: Values of what the file does not set; None takes the class's defaults.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is unknown or a value is of the wrong type or range.
+    """
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected settings in YAML at '{path}', but: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"expected settings, 'name: value', one a line, in '{path}', got {type(found).__name__}")
+    name = found.pop("preset", None)
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type] - a dataclass, by contract
+    for key in found:
+        if key not in known:
+            raise ConfigError(
+                f"expected settings of {kind.__name__} in '{path}', got {key!r}. {nearest_names(str(key), known)}"
+            )
+    if name is not None:
+        base = kind.preset(name)  # type: ignore[attr-defined]
+    values = {} if base is None else {key: getattr(base, key) for key in known}
+    try:
+        return TypeAdapter(kind).validate_python(values | found)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"expected settings of {kind.__name__} in '{path}', but: {told}") from error
+
+
+def write_config(config: Any) -> str:
+    """Return settings as YAML, one a line, as :func:`read_config` reads them."""
+    import yaml
+
+    return yaml.safe_dump(plain_config(config), sort_keys=False)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Return settings as plain values by name: numbers, texts and lists."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _preset(kind: type[C], presets: dict[str, dict[str, Any]], name: str, changes: dict[str, Any]) -> C:
+    if not isinstance(name, str) or name not in presets:
+        raise ConfigError(f"expected a preset, got {name!r}. {nearest_names(str(name), presets)}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type] - a dataclass
+    for key in changes:
+        if key not in known:
+            raise ConfigError(f"expected a setting of {kind.__name__}, got {key!r}. {nearest_names(key, known)}")
+    return kind(**(presets[name] | changes))
+
+
+def _require(config: Any, least: float, *names: str, most: float = float("inf")) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most:  # a NaN, too
+            upper = f" and at most {most:g}" if most < float("inf") else ""
+            raise ConfigError(f"expected {name} of at least {least:g}{upper}, got {value}")
+
+
+@dataclass(frozen=True)
+class InvertConfig:
+    """How to find the picture that has given features (Tumanyan et al., CVPR 2022, section 3).
+
+    Attributes:
+        size: Shorter side of the picture in pixels, or height and width; snapped to whole patches.
+        overlap: How many tokens lie side by side on one patch: the stride is the patch divided by it. More of them tell
+            more about the picture. 1 where a model's tokens cannot overlap.
+        starts: Pictures to find, each from random weights of its own.
+        steps: Optimiser steps; 0 leaves the pictures as the untrained networks paint them.
+        lr: Learning rate of Adam.
+        schedule: "constant", or "cosine" from lr down to 0.
+        noise: For cls taps, noise added to the networks' input at every step: pairs (from which share of the steps on,
+            standard deviation). Other facets take none.
+        smooth: Weight of the picture's mean absolute difference between neighbouring pixels, against a feature loss
+            that is 1 at the first step.
+        inputs: Channels of the networks' input.
+        channels: Of the networks, from the finest scale to the coarsest.
+        kernels: Side of the convolutions of each scale, odd; one number is used for all.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    size: int | tuple[int, int] = 112
+    overlap: int = 2
+    starts: int = 1
+    steps: int = 600
+    lr: float = 0.005
+    schedule: Literal["constant", "cosine"] = "cosine"
+    noise: tuple[tuple[float, float], ...] = ((0.0, 2.0), (0.5, 0.5), (0.75, 0.1))
+    smooth: float = 0.15
+    inputs: int = 32
+    channels: tuple[int, ...] = (32, 32, 64, 64, 64)
+    kernels: int | tuple[int, ...] = 3
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run could use."""
+        _require(self, 1, "overlap", "starts", "inputs")
+        _require(self, 0, "steps", "lr", "smooth")
+        if self.schedule not in ("constant", "cosine"):
+            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+        shares = [share for share, _ in self.noise]
+        if shares != sorted(shares) or not all(0 <= share <= 1 and sigma >= 0 for share, sigma in self.noise):
+            raise ConfigError(
+                "expected noise as pairs (share of the steps in 0..1, standard deviation of at least 0), shares in "
+                f"order, got {self.noise}; for example ((0.0, 10.0), (0.5, 2.0))"
+            )
+
+    @classmethod
+    def preset(cls, name: Preset = "fast", **changes: Any) -> "InvertConfig":
+        """Return settings by name, with some of them changed.
+
+        Args:
+            name: "reference" has the published numbers; "fast" is the default, minutes on a CPU; "draft" for a first
+                look.
+            **changes: Other values.
+
+        Raises:
+            ConfigError: If there is no such preset or setting.
+        """
+        return _preset(cls, INVERT_PRESETS, name, changes)
+
+
+INVERT_PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "size": 224,
+        "overlap": 1,
+        "steps": 20_000,
+        "lr": 0.01,
+        "schedule": "constant",
+        "noise": ((0.0, 10.0), (0.5, 2.0), (0.75, 0.5)),
+        "smooth": 0.0,
+        "channels": (16, 32, 64, 128, 128, 128),
+        "kernels": (7, 7, 5, 5, 3, 3),
+    },
+    "fast": {},
+    "draft": {"steps": 150},
+}
+"""What the presets change in the defaults of :class:`InvertConfig`."""

@@ -1,4 +1,4 @@
-"""Losses made from descriptors, after Tumanyan et al., Splicing ViT Features, CVPR 2022.
+"""Losses made from descriptors: those of Tumanyan et al., Splicing ViT Features, CVPR 2022, and two of token sets.
 
 Each is a pure function of two descriptors, and means over elements, as the published code does (the paper writes
 un-squared norms: ``reduction="norm"``). Gradients flow into whatever required them; targets need none.
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError, ShapeError
+from vitfeats.matching import transport_plan
 from vitfeats.similarity import unit
 
 Reduction = Literal["mean", "norm"]
@@ -95,11 +96,106 @@ def identity_loss(out: Descriptor, target: Descriptor, *, reduction: Reduction =
     return _reduced(squared, made.shape[1] * made.shape[2], reduction)
 
 
-def _check_pair(out: Descriptor, target: Descriptor) -> None:
+def moments_loss(out: Descriptor, target: Descriptor) -> Float[Tensor, ""]:
+    """Return how far the tokens of two images are apart in mean and covariance, relative to the target's.
+
+    ‖mean(out) − mean(target)‖² / ‖mean(target)‖² + ‖cov(out) − cov(target)‖² / ‖cov(target)‖², the second-order
+    statistics of Gatys et al., CVPR 2016, with the mean apart. Where a token lies does not count, and no CLS is needed:
+    shallow tokens bring colours and textures. The images of a batch are compared one to one and averaged.
+
+    Args:
+        out: Any tap, usually shallow tokens, of the image being made.
+        target: The same tap of the image whose appearance is wanted; the grids may differ.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models.
+        ShapeError: If batches or channels differ, or an image has a single token, which has no covariance.
+    """
+    _check_tap(out, target)
+    if (len(out), out.dim) != (len(target), target.dim) or min(out.grid.tokens, target.grid.tokens) < 2:
+        raise ShapeError(
+            f"expected as many images and channels in both, and at least 2 tokens, got {tuple(out.features.shape)} and "
+            f"{tuple(target.features.shape)}"
+        )
+    made, wanted = _moments(out.features), _moments(target.features)
+    distances = [
+        (m - w).square().sum(1) / w.square().sum(1).clamp_min(1e-12) for m, w in zip(made, wanted, strict=True)
+    ]
+    return torch.stack(distances).sum(0).mean()
+
+
+def transport_loss(
+    out: Descriptor, target: Descriptor, *, place: float = 4.0, epsilon: float = 0.05
+) -> Float[Tensor, ""]:
+    """Return the mean squared distance over which tokens of one image are carried to those of another, at the least.
+
+    The entropic optimal transport of :func:`~vitfeats.matching.transport_plan` gives every token of ``out`` its share
+    of ``target``, all of which is used: a large region takes the look of a large region, and the more so of one that
+    lies at the same place. Each token is then drawn to its share. After the relaxed transport of Kolkin et al.,
+    STROTSS, CVPR 2019, with a plan that is balanced on both sides. The plan itself has no gradient. The images of a
+    batch are compared one to one and averaged.
+
+    Args:
+        out: Any tap, usually shallow tokens, of the image being made.
+        target: The same tap of the image whose appearance is wanted; the grids may differ.
+        place: How much the squared distance of places (x and y in 0..1 of each image) counts in the plan, against the
+            mean squared distance of tokens; 0 ignores where tokens lie.
+        epsilon: Strength of the entropy in the plan; the smaller, the sharper.
+
+    Returns:
+        In units of the variance of the target's tokens: about 2 for images that have nothing to do with each other.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models, or a setting is out of range.
+        ShapeError: If batches or channels differ.
+    """
+    _check_tap(out, target)
+    if (len(out), out.dim) != (len(target), target.dim):
+        raise ShapeError(
+            f"expected as many images and channels in both, got {tuple(out.features.shape)} and "
+            f"{tuple(target.features.shape)}"
+        )
+    if not place >= 0:
+        raise ConfigError(f"expected place of at least 0, got {place}")
+    apart = torch.cdist(_places(out), _places(target)).square() * place
+    carried = [_carried(m, w, apart, epsilon) for m, w in zip(out.features, target.features, strict=True)]
+    return torch.stack(carried).mean()
+
+
+def _carried(
+    made: Float[Tensor, "n dim"], wanted: Float[Tensor, "m dim"], apart: Float[Tensor, "n m"], epsilon: float
+) -> Float[Tensor, ""]:
+    centre, spread = wanted.mean(0), wanted.std(0, correction=0).square().mean().clamp_min(1e-12).sqrt()
+    made, wanted = (made - centre) / spread, (wanted - centre) / spread
+    # Expanded: cdist's gradient is not finite where two tokens are the same.
+    squared = made.square().sum(1)[:, None] + wanted.square().sum(1)[None] - 2 * made @ wanted.T
+    cost = squared.clamp_min(0) / made.shape[1]
+    with torch.no_grad():
+        plan = transport_plan(-(cost / cost.mean().clamp_min(1e-12) + apart), epsilon=epsilon)
+    return (plan * cost).sum()
+
+
+def _places(d: Descriptor) -> Float[Tensor, "tokens 2"]:
+    """Return the tokens' centres, (x, y) in 0..1 of the image."""
+    height, width = d.grid.network_size
+    return d.grid.centres().to(d.device) / torch.tensor([width, height], device=d.device)
+
+
+def _moments(tokens: Float[Tensor, "batch n dim"]) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch d2"]]:
+    mean = tokens.mean(1)
+    centred = tokens - mean[:, None]
+    return mean, (centred.mT @ centred / (tokens.shape[1] - 1)).flatten(1)
+
+
+def _check_tap(out: Descriptor, target: Descriptor) -> None:
     if (out.tap, out.model) != (target.tap, target.model):
         raise ConfigError(
             f"expected one tap of one model in both, got {out.tap} of {out.model} and {target.tap} of {target.model}"
         )
+
+
+def _check_pair(out: Descriptor, target: Descriptor) -> None:
+    _check_tap(out, target)
     if out.features.shape != target.features.shape:
         raise ShapeError(
             f"expected descriptors of one shape (batch, tokens, dim), got {tuple(out.features.shape)} and "

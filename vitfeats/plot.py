@@ -3,7 +3,7 @@
 Nothing here touches pyplot or a backend, so it works the same in a script, a notebook and a server.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,31 @@ def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequ
     for column, (picture, values) in enumerate(zip(pictures, saliency_of(d, heads), strict=True)):
         axes[0][column].imshow(picture)
         _overlay(axes[1][column], picture, values, d.grid)
+    return _rendered(figure)
+
+
+def losses(history: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Draw the losses of a run over its steps, on a logarithmic scale.
+
+    Args:
+        history: Records with ``step`` and numbers by name; a name that a record lacks has a gap there.
+
+    Raises:
+        ShapeError: If there is no record.
+    """
+    if not history:
+        raise ShapeError("expected a history of at least one step, got none")
+    figure = Figure(figsize=(7, 4), dpi=_DPI)
+    axis = figure.subplots()
+    for name in dict.fromkeys(key for record in history for key in record if key != "step"):
+        points = [(record["step"], record[name]) for record in history if name in record and record[name] > 0]
+        sparse = len(points) <= max(1, len(history) // 4)
+        axis.plot(*zip(*points, strict=True), "o-" if sparse else "-", ms=3, lw=1, label=name) if points else None
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     return _rendered(figure)
 
 

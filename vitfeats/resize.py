@@ -54,6 +54,60 @@ def spread_map(
     return sample_map(maps, grid, torch.stack([x.flatten(), y.flatten()], 1), mode).unflatten(2, size)
 
 
+def carry_detail(
+    made: Float[Tensor, "batch 3 h w"],
+    guide: Float[Tensor, "batch 3 h w"],
+    full_guide: Float[Tensor, "batch 3 height width"],
+    *,
+    radius: int = 4,
+    epsilon: float = 1e-3,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Enlarge an image that was made from a small one, with the fine detail of the large one it was made from.
+
+    In each window of the small images the made colours are written as an affine map of the guide's (the guided filter
+    of He, Sun and Tang, ECCV 2010, with a colour guide). The maps are smooth, so they can be enlarged; applied to the
+    large guide they give detail in the made image's colours. What the maps do not explain is enlarged as it is, so that
+    an image of the guide's own size comes back unchanged.
+
+    Args:
+        made: The small image that was made, in 0..1.
+        guide: The small image it was made from.
+        full_guide: The large one.
+        radius: Half the side of a window, in pixels of the small images.
+        epsilon: Smallest variance of the guide that counts as detail.
+    """
+    size = (full_guide.shape[-2], full_guide.shape[-1])
+    if size == tuple(made.shape[-2:]):
+        return made
+    factors, offset = _affine_maps(made, guide, radius, epsilon)
+
+    def applied(image: Tensor, factors: Tensor, offset: Tensor) -> Tensor:
+        return torch.einsum("bgihw,bghw->bihw", factors, image) + offset
+
+    unexplained = made - applied(guide, factors, offset)
+    flat = torch.cat([factors.flatten(1, 2), offset, unexplained], 1)
+    flat = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    factors, offset, unexplained = flat[:, :9].unflatten(1, (3, 3)), flat[:, 9:12], flat[:, 12:]
+    return (applied(full_guide, factors, offset) + unexplained).clamp(0, 1)
+
+
+def _affine_maps(made: Tensor, guide: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return factors (batch, 3 of the guide, 3 made, h, w) and offsets (batch, 3, h, w) of each pixel's window."""
+    guide, made = guide.double(), made.double()  # a variance is a difference of two nearly equal numbers
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+    def outer(a: Tensor, b: Tensor) -> Tensor:  # covariances (batch, h, w, 3, 3)
+        product = mean((a[:, :, None] * b[:, None]).flatten(1, 2)).unflatten(1, (3, 3))
+        return (product - mean(a)[:, :, None] * mean(b)[:, None]).permute(0, 3, 4, 1, 2)
+
+    floor = epsilon * torch.eye(3, dtype=guide.dtype, device=guide.device)
+    factors = torch.linalg.solve(outer(guide, guide) + floor, outer(guide, made)).permute(0, 3, 4, 1, 2)
+    offset = mean(made) - torch.einsum("bgihw,bghw->bihw", factors, mean(guide))
+    return mean(factors.flatten(1, 2)).unflatten(1, (3, 3)).float(), mean(offset).float()
+
+
 def sample_map(
     maps: Float[Tensor, "batch dim rows cols"], grid: PatchGrid, points: Float[Tensor, "n 2"], mode: str = "bilinear"
 ) -> Float[Tensor, "batch dim n"]:

@@ -1,0 +1,216 @@
+"""Settings: presets, ranges, and YAML that comes back as it was and refuses what it does not know."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+from vitfeats.configs import (
+    INVERT_PRESETS,
+    SPLICE_PRESETS,
+    ExtractorConfig,
+    InvertConfig,
+    SpliceConfig,
+    plain_config,
+    read_config,
+    write_config,
+)
+from vitfeats.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("as_a_user")
+
+PRESETS = [(SpliceConfig, name) for name in SPLICE_PRESETS] + [(InvertConfig, name) for name in INVERT_PRESETS]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A YAML file: call it with its text, get its path."""
+
+    def write(text: str):
+        path = tmp_path / "settings.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_the_reference_has_the_published_numbers():
+    config = SpliceConfig.preset("reference")
+    published = {
+        "appearance": 10,
+        "structure": 1,
+        "identity": 1,
+        "whole_appearance": 10,
+        "whole_structure": 1,
+        "transport": 0,
+        "relative": False,
+        "whole_every": 75,
+        "warmup": 1,
+        "structure_tap": "key@-1",
+        "appearance_tap": "cls@-1",
+        "size": 224,
+        "max_size": 480,
+        "stride": None,
+        "resize": "published",
+        "views": 0,
+        "smallest_crop": 0.95,
+        "flip": 0.5,
+        "jitter": 0.5,
+        "blur": 0.2,
+        "working_size": None,
+        "residual": False,
+        "channels": (16, 32, 64, 128, 128),
+        "steps": 10_000,
+        "lr": 0.002,
+        "betas": (0.0, 0.99),
+        "schedule": "constant",
+        "dtype": "float32",
+    }
+    assert {name: getattr(config, name) for name in published} == published
+
+
+@pytest.mark.parametrize(("kind", "name"), PRESETS)
+def test_every_preset_comes_back_from_yaml(kind, name, file):
+    config = kind.preset(name)
+    assert read_config(file(write_config(config)), kind) == config
+    assert len(write_config(config).splitlines()) >= len(dataclasses.fields(kind))
+    assert read_config(file(f"preset: {name}"), kind) == config
+
+
+def test_a_preset_is_the_defaults_with_changes():
+    assert SpliceConfig.preset() == SpliceConfig.preset("fast") == SpliceConfig()
+    assert SpliceConfig.preset("draft", lr=0.5).lr == 0.5
+    assert SpliceConfig.preset("reference", steps=3) == dataclasses.replace(SpliceConfig.preset("reference"), steps=3)
+
+
+def test_unknown_presets_and_settings_offer_the_nearest():
+    with pytest.raises(ConfigError, match="expected a preset, got 'refrence'. Did you mean 'reference'"):
+        SpliceConfig.preset("refrence")
+    with pytest.raises(ConfigError, match="expected a preset, got 'slow'. Known: draft, fast, reference"):
+        InvertConfig.preset("slow")
+    with pytest.raises(
+        ConfigError, match="expected a setting of SpliceConfig, got 'strutcure'. Did you mean 'structure"
+    ):
+        SpliceConfig.preset("fast", strutcure=1.0)
+
+
+def test_yaml_changes_a_preset_or_a_base(file):
+    path = file("preset: reference\nsteps: 12\nbetas: [0.1, 0.9]\ntransport_taps: [token@1]\n")
+    wanted = SpliceConfig.preset("reference", steps=12, betas=(0.1, 0.9), transport_taps=("token@1",))
+    assert read_config(path, SpliceConfig) == wanted
+    base = SpliceConfig(lr=0.5, size=112)
+    assert read_config(file("steps: 3"), SpliceConfig, base=base) == dataclasses.replace(base, steps=3)
+    # YAML takes 2e-3 for a text.
+    assert read_config(file("lr: 2e-3"), SpliceConfig).lr == 0.002
+    assert read_config(file("lr: 1"), SpliceConfig).lr == 1.0
+    assert read_config(file("working_size: null\nstride: 8"), SpliceConfig).working_size is None
+
+
+def test_an_empty_file_is_the_defaults(file):
+    assert read_config(file(""), SpliceConfig) == SpliceConfig()
+    assert read_config(file("# nothing\n"), SpliceConfig, base=SpliceConfig(lr=0.5)).lr == 0.5
+    assert read_config(file("size: [112, 64]\nstride: 8"), ExtractorConfig) == ExtractorConfig(size=(112, 64), stride=8)
+
+
+def test_yaml_that_is_not_understood_names_its_file(file, tmp_path):
+    def refused(text: str, message: str) -> None:
+        path = file(text)
+        with pytest.raises(ConfigError, match=message.replace("FILE", re.escape(str(path)))):
+            read_config(path, SpliceConfig)
+
+    refused("stepps: 3", "expected settings of SpliceConfig in 'FILE', got 'stepps'. Did you mean 'steps'")
+    refused("1: 3", "expected settings of SpliceConfig in 'FILE', got 1. Known: ")
+    refused("steps: many", "expected settings of SpliceConfig in 'FILE', but: steps: .*integer")
+    refused("steps: 2.5", "but: steps: .*integer")
+    refused("betas: [0.1]", "in 'FILE', but: betas")
+    refused("schedule: linear", "in 'FILE', but: schedule: .*'constant' or 'cosine'")
+    refused("steps: 0", "in 'FILE', but: settings: .*expected steps of at least 1, got 0")
+    refused("lr: .nan", "expected lr of at least 0, got nan")
+    refused("preset: slow", "expected a preset, got 'slow'. Known: draft, fast, reference")
+    refused("preset: [fast]", r"expected a preset, got \['fast'\]")
+    refused("- steps: 3", "expected settings, 'name: value', one a line, in 'FILE', got list")
+    refused("just words", "in 'FILE', got str")
+    refused("steps: [", "expected settings in YAML at 'FILE', but: ")
+    with pytest.raises(ConfigError, match=f"expected settings in YAML at '{tmp_path}/none.yaml', but: .*No such file"):
+        read_config(tmp_path / "none.yaml", SpliceConfig)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match=f"expected settings in YAML at '{tmp_path}/bytes.yaml', but: "):
+        read_config(tmp_path / "bytes.yaml", SpliceConfig)
+
+
+def test_yaml_runs_no_code(file, tmp_path):
+    with pytest.raises(ConfigError, match="expected settings in YAML"):
+        read_config(file(f"steps: !!python/object/apply:os.mkdir ['{tmp_path}/harm']"), SpliceConfig)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_plain_settings_are_numbers_texts_and_lists():
+    plain = plain_config(SpliceConfig())
+    assert plain["betas"] == list(SpliceConfig().betas)
+    assert plain["working_size"] == SpliceConfig().working_size
+    assert list(plain) == [field.name for field in dataclasses.fields(SpliceConfig)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "expected steps of at least 1, got 0"),
+        ({"size": 0}, "expected size of at least 1, got 0"),
+        ({"whole_every": 0}, "expected whole_every of at least 1, got 0"),
+        ({"stride": 0}, "expected stride of at least 1, got 0"),
+        ({"working_size": 0}, "expected working_size of at least 1, got 0"),
+        ({"appearance": -1.0}, "expected appearance of at least 0, got -1.0"),
+        ({"identity": float("nan")}, "expected identity of at least 0, got nan"),
+        ({"transport": -0.5}, "expected transport of at least 0, got -0.5"),
+        ({"place": -1}, "expected place of at least 0, got -1"),
+        ({"views": -1}, "expected views of at least 0, got -1"),
+        ({"warmup": -1}, "expected warmup of at least 0, got -1"),
+        ({"lr": -1}, "expected lr of at least 0, got -1"),
+        ({"patience": -1}, "expected patience of at least 0, got -1"),
+        ({"checkpoint_every": -1}, "expected checkpoint_every of at least 0, got -1"),
+        ({"snapshot_every": -1}, "expected snapshot_every of at least 0, got -1"),
+        ({"flip": 1.5}, "expected flip of at least 0 and at most 1, got 1.5"),
+        ({"jitter": float("nan")}, "expected jitter of at least 0 and at most 1, got nan"),
+        ({"blur": -0.1}, "expected blur of at least 0 and at most 1, got -0.1"),
+        ({"smallest_crop": 0}, "expected smallest_crop in 0..1 and not 0, got 0"),
+        ({"smallest_crop": 1.01}, "expected smallest_crop in 0..1 and not 0, got 1.01"),
+        ({"betas": (0.5, 1.0)}, r"expected betas of at least 0 and below 1, got \(0.5, 1.0\)"),
+        ({"max_size": 200}, r"expected max_size of at least size \(224\), got 200"),
+        ({"schedule": "linear"}, "expected schedule 'constant' or 'cosine', got 'linear'"),
+        ({"resize": "bicubic"}, "expected resize 'antialiased' or 'published', got 'bicubic'"),
+        (
+            {"appearance": 0, "structure": 0, "transport": 0},
+            "expected at least one weight above 0, got none; nothing would be optimised",
+        ),
+    ],
+)
+def test_numbers_that_no_run_could_use_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SpliceConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": -1}, "expected steps of at least 0, got -1"),
+        ({"overlap": 0}, "expected overlap of at least 1, got 0"),
+        ({"schedule": "linear"}, "expected schedule 'constant' or 'cosine', got 'linear'"),
+        ({"noise": ((0.5, 1.0), (0.0, 2.0))}, r"expected noise as pairs .* got \(\(0.5, 1.0\), \(0.0, 2.0\)\)"),
+        ({"noise": ((0.0, -1.0),)}, "expected noise as pairs"),
+    ],
+)
+def test_an_inversion_refuses_them_too(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        InvertConfig(**changes)
+
+
+def test_settings_need_no_torch():
+    code = (
+        "import sys, vitfeats.configs as c\n"
+        "c.write_config(c.SpliceConfig())\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "False"]

@@ -1,0 +1,1 @@
+"""Trainable networks on plain tensors. They know nothing of descriptors or extractors."""
