@@ -227,7 +227,7 @@ def splice_terms(extractor: vf.Extractor) -> Image.Image:
         ("without transport", {"transport": 0.0}),
         ("without structure", {"structure": 0.0}),
     ):
-        config = SpliceConfig.preset("fast", working_size=128, **changes)
+        config = SpliceConfig.preset("fast", **changes)
         made = vf.splice(*vf.samples.portrait_pair(), model=reader, config=config, progress=True)
         panels.append((label, made.image))
     return sheet(panels, columns=2, width=400)

@@ -1,11 +1,11 @@
 """Splice: the astronaut's pose in the colours of Grace Hopper's portrait, with the bundled model.
 
-Trains a small generator for this pair of pictures, about two minutes on a CPU, and prints how the result measures:
+Trains a small generator for this pair of pictures, about a minute on a CPU, and prints how the result measures:
 beside the two pictures themselves, and beside what matching the mean and spread of the colours would give.
 
     python examples/splice.py --out splice.png
 
-VITFEATS_EXAMPLE_STEPS sets the number of steps; the preset "fast" has 300.
+VITFEATS_EXAMPLE_STEPS sets the number of steps; the preset "fast" has 150.
 """
 
 import os

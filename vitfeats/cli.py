@@ -6,6 +6,7 @@ Results go to standard output, progress to standard error. Nothing heavy is impo
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class Splice:
         images: Two image files: structure, then appearance.
         sample: Use a sample instead, as for pca; portraits is the pair to begin with.
         out: Folder for the result, losses, history, snapshots and checkpoints (made if missing).
-        preset: reference is the published recipe; fast the default; draft a first look, about two minutes on a CPU.
+        preset: reference is the published recipe (with --model dino_vitb8); fast the default; draft a first look.
         config: Settings in YAML; "preset: NAME" in it begins from another preset.
         steps: Optimiser steps, in place of the settings'.
         seed: Of first weights and crops.
@@ -335,11 +336,17 @@ def _splice(command: Splice) -> int:
     from vitfeats.apps.evaluation import transfer_markdown, transfer_table
     from vitfeats.apps.splice import splice
 
-    config = _settings(command, SpliceConfig, steps=command.steps)
+    options = command.options
+    if isinstance(options.size, tuple):
+        raise ConfigError(f"expected --size as one number, the shorter side, got {options.size}")
+    # What the options say of the model's eyes goes into the settings: they are what the run, and its folder, go by.
+    dtype = None if options.dtype == "auto" else options.dtype
+    seen = {"size": options.size, "stride": options.stride, "dtype": dtype}
+    config = _settings(command, SpliceConfig, steps=command.steps, **seen)
     images = _images(command.images, command.sample)
     if len(images) != 2:
         raise ConfigError(f"expected two images, structure and appearance, got {len(images)}")
-    extractor = _extractor(_completed(command.options, size=config.size, stride=config.stride, dtype=config.dtype))
+    extractor = _extractor(dataclasses.replace(options, size=config.size, stride=config.stride, dtype=config.dtype))
     log = None
     if command.tensorboard:
         from vitfeats.runs import tensorboard
@@ -372,15 +379,17 @@ def _splice(command: Splice) -> int:
 
 
 def _invert(command: Invert) -> int:
-    from vitfeats.apps.inversion import invert, invert_layers, strip
+    from vitfeats.apps.inversion import Inversion, invert, invert_layers, overlapping, strip
     from vitfeats.taps import Tap
 
-    config = _settings(command, InvertConfig, steps=command.steps, starts=command.starts)
+    options = command.options
+    config = _settings(command, InvertConfig, steps=command.steps, starts=command.starts, size=options.size)
+    if len(command.images) > 1:
+        raise ConfigError(f"expected one image, got {len(command.images)}; invert them one by one")
     image = _images(command.images, command.sample)[0]
-    given = command.options.size is not None or command.options.stride is not None
-    extractor = _extractor(_completed(command.options, size=config.size))
-    if not given and config.overlap > 1 and extractor.overlaps:
-        extractor = extractor.resized(stride=extractor.card.patch // config.overlap)
+    extractor = _extractor(dataclasses.replace(options, size=config.size))
+    if options.stride is None:
+        extractor = overlapping(extractor, config)
     tap = Tap.parse(command.tap or extractor.card.default_tap)
     settings: dict[str, Any] = {
         "model": extractor,
@@ -388,12 +397,21 @@ def _invert(command: Invert) -> int:
         "seed": command.seed,
         "progress": not command.json,
     }
-    if command.layers:
-        found = invert_layers(image, command.layers, tap.facet, **settings)
-    else:
-        found = [invert(image, tap, **settings)]
-    for inversion in found:
+
+    def keep(inversion: Inversion) -> Inversion:
         inversion.save(command.out / str(inversion.tap) if command.layers else command.out)
+        return inversion
+
+    try:
+        if command.layers:
+            found = [keep(invert_layers(image, [layer], tap.facet, **settings)[0]) for layer in command.layers]
+        else:
+            found = [keep(invert(image, tap, **settings))]
+    except KeyboardInterrupt as interrupt:
+        for unfinished in interrupt.args:  # what it had found until then
+            if isinstance(unfinished, Inversion):
+                keep(unfinished)
+        raise KeyboardInterrupt(f"interrupted; what was found so far is in '{command.out}'") from interrupt
     if command.layers:
         _save_picture(strip(found), command.out / "strip.png")
     rows = [{"tap": str(i.tap), "loss": i.losses[i.best], "psnr": i.psnr[i.best]} for i in found]
@@ -440,13 +458,6 @@ def _settings(command: Any, kind: type[C], **changes: Any) -> C:
     base = kind.preset(command.preset)  # type: ignore[attr-defined] - every kind of settings has presets
     config = base if command.config is None else read_config(command.config, kind, base=base)
     return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
-
-
-def _completed(options: ExtractorConfig, **usual: Any) -> ExtractorConfig:
-    """Return the options, with other defaults than the model's own."""
-    unset = ExtractorConfig()
-    changes = {name: value for name, value in usual.items() if getattr(options, name) == getattr(unset, name)}
-    return dataclasses.replace(options, **changes)
 
 
 def _extractor(options: ExtractorConfig) -> "Extractor":
@@ -504,7 +515,16 @@ def _save_picture(picture: "Image.Image", path: Path) -> None:
 
 
 def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:
-    print(json.dumps(facts) if as_json else text)
+    print(json.dumps(_finite(facts)) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value as JSON knows it: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

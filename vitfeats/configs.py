@@ -48,8 +48,8 @@ class ExtractorConfig:
 class SpliceConfig:
     """How to paint the structure of one image with the appearance of another (Tumanyan et al., CVPR 2022).
 
-    Weights are of means over elements, as in the published code. A weight of 0 leaves its term out. "Crops" are the
-    terms of every step; "whole" those of the uncropped structure image, every `whole_every` steps.
+    A weight of 0 leaves its term out. Losses are means over elements, as in the published code; the defaults are those
+    of the preset "fast". "Whole" terms are those of the uncropped structure image, every `whole_every` steps.
 
     Attributes:
         appearance: Weight of the appearance term: the CLS token of the made image against that of the appearance image.
@@ -79,7 +79,7 @@ class SpliceConfig:
         jitter: Probability that the structure image's colours are shifted.
         blur: Probability that the structure image is blurred.
         working_size: Shorter side in pixels at which the generator is trained; its picture is then carried to full
-            resolution with the structure image as guide. Default: full resolution.
+            resolution with the structure image as guide. None is full resolution.
         residual: The generator adds to the structure image instead of painting anew, and so begins at it.
         channels: Of the generator, from the finest scale to the coarsest.
         steps: Optimiser steps.
@@ -102,9 +102,9 @@ class SpliceConfig:
     identity: float = 0.0
     whole_appearance: float = 0.0
     whole_structure: float = 0.0
-    transport: float = 1.0
-    transport_taps: tuple[str, ...] = ("token@0", "token@2", "token@5")
-    place: float = 5.0
+    transport: float = 2.0
+    transport_taps: tuple[str, ...] = ("token@0", "token@2")
+    place: float = 10.0
     relative: bool = True
     whole_every: int = 75
     warmup: int = 1
@@ -115,18 +115,18 @@ class SpliceConfig:
     stride: int | None = None
     resize: Literal["antialiased", "published"] = "antialiased"
     views: int = 16
-    smallest_crop: float = 0.85
+    smallest_crop: float = 0.95
     flip: float = 0.0
     jitter: float = 0.0
     blur: float = 0.0
-    working_size: int | None = 192
+    working_size: int | None = 128
     residual: bool = True
     channels: tuple[int, ...] = (16, 32, 64, 128, 128)
-    steps: int = 300
+    steps: int = 150
     lr: float = 0.01
     betas: tuple[float, float] = (0.5, 0.99)
     schedule: Literal["constant", "cosine"] = "cosine"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
     compile: bool = False
     checkpoint_every: int = 100
@@ -190,14 +190,13 @@ SPLICE_PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "resize": "published",
         "views": 0,
-        "smallest_crop": 0.95,
         "working_size": None,
         "residual": False,
         "steps": 10_000,
         "dtype": "float32",
     },
     "fast": {},
-    "draft": {"steps": 100, "working_size": 128},
+    "draft": {"steps": 60, "working_size": 96},
 }
 """What the presets change in the defaults of :class:`SpliceConfig`."""
 

@@ -143,7 +143,7 @@ def transport_loss(
         epsilon: Strength of the entropy in the plan; the smaller, the sharper.
 
     Returns:
-        In units of the variance of the target's tokens: about 2 for images that have nothing to do with each other.
+        In units of the variance of the target's tokens.
 
     Raises:
         ConfigError: If the descriptors are of different taps or models, or a setting is out of range.

@@ -79,6 +79,8 @@ def carry_detail(
     size = (full_guide.shape[-2], full_guide.shape[-1])
     if size == tuple(made.shape[-2:]):
         return made
+    kind = made.dtype
+    made, guide, full_guide = made.float(), guide.float(), full_guide.float()
     factors, offset = _affine_maps(made, guide, radius, epsilon)
 
     def applied(image: Tensor, factors: Tensor, offset: Tensor) -> Tensor:
@@ -88,11 +90,14 @@ def carry_detail(
     flat = torch.cat([factors.flatten(1, 2), offset, unexplained], 1)
     flat = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
     factors, offset, unexplained = flat[:, :9].unflatten(1, (3, 3)), flat[:, 9:12], flat[:, 12:]
-    return (applied(full_guide, factors, offset) + unexplained).clamp(0, 1)
+    return (applied(full_guide, factors, offset) + unexplained).clamp(0, 1).to(kind)
 
 
 def _affine_maps(made: Tensor, guide: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return factors (batch, 3 of the guide, 3 made, h, w) and offsets (batch, 3, h, w) of each pixel's window."""
+    device = guide.device
+    if device.type == "mps":  # which has no float64
+        made, guide = made.cpu(), guide.cpu()
     guide, made = guide.double(), made.double()  # a variance is a difference of two nearly equal numbers
 
     def mean(x: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ def _affine_maps(made: Tensor, guide: Tensor, radius: int, epsilon: float) -> tu
     floor = epsilon * torch.eye(3, dtype=guide.dtype, device=guide.device)
     factors = torch.linalg.solve(outer(guide, guide) + floor, outer(guide, made)).permute(0, 3, 4, 1, 2)
     offset = mean(made) - torch.einsum("bgihw,bghw->bihw", factors, mean(guide))
-    return mean(factors.flatten(1, 2)).unflatten(1, (3, 3)).float(), mean(offset).float()
+    smooth = mean(factors.flatten(1, 2)).unflatten(1, (3, 3))
+    return smooth.float().to(device), mean(offset).float().to(device)
 
 
 def sample_map(

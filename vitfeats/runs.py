@@ -104,7 +104,7 @@ class RunFolder:
     def read_history(self, before: int) -> list[dict[str, Any]]:
         """Return the records of steps below ``before``; a last line that was cut off is left out."""
         try:
-            lines = (self.path / HISTORY).read_text(encoding="utf-8").splitlines()
+            lines = (self.path / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return []
         records = []
@@ -113,7 +113,7 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["step"] < before:
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] < before:
                 records.append(record)
         return records
 
@@ -162,13 +162,14 @@ def deferred_interrupt() -> Iterator[Interrupt]:
     signals cannot be taken, and nothing is deferred.
     """
     state = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    # A handler that is none (ignored, or another language's) is not ours to replace.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield state
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
-        if state.asked and callable(before):
+        if state.asked:
             before(number, frame)
         state.asked = True
 

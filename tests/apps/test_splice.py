@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -415,8 +416,8 @@ def test_a_run_of_other_settings_is_not_resumed(tiny, tmp_path):
     resume(r"differ: structure image: '\(48, 56\) \w{16}' there, '\(48, 56\)", config=two, structure=1 - STRUCTURE)
     resume("differ: appearance image: ", config=two, appearance=STRUCTURE)
     resume("differ: steps: 2 there, 4 here", config=QUICK)  # a cosine hangs on its length
-    resume(r"differ: terms: \['1 appearance ", config=two, terms=default_terms(QUICK)[:2])
-    resume("differ: parameters: ", config=two, generator=nn.Conv2d(3, 3, 1))
+    resume(r"differ: terms: \['1.0 appearance: appearance_loss of ", config=two, terms=default_terms(QUICK)[:2])
+    resume("differ: generator: 'SkipNet of ", config=two, generator=nn.Conv2d(3, 3, 1))
     assert other.card.name == tiny.card.name  # both are a VisionTransformer to timm
     named = copy.copy(tiny)
     named.card = replace(tiny.card, name="another")
@@ -473,13 +474,14 @@ def test_what_is_not_finite_ends_the_run_with_the_last_good_picture(tiny, tmp_pa
     own = Term("own", 1.0, Turning(2, value), "token@1", "structure", "appearance")
     what = "the gradient" if value == 0 else "own, loss"
     with pytest.warns(
-        RuntimeWarning, match=f"the run stopped: expected finite losses at step 2, got {what} that is not"
+        RuntimeWarning, match=f"the run stopped: expected finite losses at step 2, got {what} not finite"
     ):
-        found = run(tiny, terms=[*default_terms(QUICK), own], out=tmp_path)
+        found = run(tiny, replace(QUICK, checkpoint_every=1), terms=[*default_terms(QUICK), own], out=tmp_path)
     assert found.stopped == "not finite"
     assert [record["step"] for record in found.history] == [0, 1]
     assert bool(found.tensor.isfinite().all())
-    good = run(tiny, terms=[*default_terms(QUICK), replace(own, loss=Turning(9))], callback=lambda step, *_: step == 1)
+    # The weights that gave the last finite losses: those that step 1 began with.
+    good = run(tiny, terms=[*default_terms(QUICK), replace(own, loss=Turning(9))], callback=lambda step, *_: step == 0)
     assert torch.equal(found.tensor, good.tensor)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2
@@ -496,7 +498,7 @@ def press_ctrl_c(*steps: int):
 
 def test_ctrl_c_loses_nothing(tiny, tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    message = f"after 2 steps; go on with resume=True and out='{tmp_path}'"
+    message = re.escape(f"after 2 steps; resume it (resume=True, --resume) in '{tmp_path}'")
     with pytest.raises(SpliceInterrupted, match=message) as raised:
         run(tiny, out=tmp_path, callback=press_ctrl_c(1))
     assert isinstance(raised.value, KeyboardInterrupt)
@@ -784,8 +786,17 @@ def test_terms_that_cannot_be_are_refused(tiny):
 
     for weight in (-1.0, float("nan"), float("inf")):
         refused(ConfigError, f"a weight of at least 0 for the term 'own', got {weight}", replace(term, weight=weight))
-    refused(ConfigError, "terms of different names, not 'loss' or 'step', got 'own' twice", term, term)
-    refused(ConfigError, "not 'loss' or 'step', got 'loss'", replace(term, name="loss"))
+    refused(ConfigError, "terms of different names, got 'own' twice", term, term)
+    refused(
+        ConfigError,
+        "another name than 'loss' and 'step', which the history uses, got 'loss'",
+        replace(term, name="loss"),
+    )
+    refused(
+        ConfigError, "made and wanted to be 'structure' or 'appearance' for the term 'own'", replace(term, made="style")
+    )
+    many = replace(term, loss=lambda made, wanted: made.features.square().mean(2))
+    refused(ConfigError, r"a loss of one number for the term 'own', got shape \(1, ", many)
     refused(ConfigError, "expected at least one term with a weight above 0, got none")
     refused(ConfigError, "expected at least one term with a weight above 0, got none", replace(term, weight=0))
     refused(TapError, "expected a layer from 0 to 2", replace(term, tap="key@9"))
@@ -794,9 +805,51 @@ def test_terms_that_cannot_be_are_refused(tiny):
 
 
 def test_seeds_that_are_none_are_refused(tiny):
-    for seed in (-1, 1.5, None):
-        with pytest.raises(ConfigError, match=f"expected a seed of at least 0, got {seed}"):
+    with pytest.raises(ConfigError, match="expected a seed of at least 0, got -1"):
+        run(tiny, seed=-1)
+    for seed in (1.5, None):
+        with pytest.raises(ConfigError, match=f"expected a whole number as seed, got {seed}"):
             run(tiny, seed=seed)
+
+
+def test_a_picture_that_is_not_finite_is_rolled_back(tiny):
+    """Weights that an update has ruined are given up: the picture is that of the update before."""
+    with pytest.warns(RuntimeWarning, match="the run stopped: expected a finite picture at step 1"):
+        found = run(tiny, replace(QUICK, lr=1e38, betas=(0.0, 0.0)))
+    assert (found.stopped, len(found.history)) == ("not finite", 1)
+    assert bool(found.tensor.isfinite().all())
+
+
+def test_an_error_of_a_callback_costs_no_step(tiny, tmp_path):
+    def broken(step, losses, image):
+        if step == 2:
+            raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake"):
+        run(tiny, out=tmp_path, callback=broken)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert torch.equal(run(tiny, out=tmp_path, resume=True).tensor, run(tiny).tensor)
+
+
+def test_it_runs_inside_no_grad(tiny):
+    with torch.no_grad():
+        found = run(tiny)
+    assert torch.equal(found.tensor, run(tiny).tensor)
+
+
+def test_a_state_that_was_kept_stays_as_it_was(tiny):
+    splicer = Splicer(STRUCTURE, APPEARANCE, extractor=tiny, config=QUICK)
+    splicer.step()
+    kept = splicer.state_dict()
+    then = splicer.render()
+    splicer.step()
+    splicer.load_state_dict(kept)
+    assert (splicer.done, torch.equal(splicer.render(), then)) == (1, True)
+
+
+def test_the_same_image_twice_is_no_division_by_zero(tiny):
+    found = splice(STRUCTURE, STRUCTURE, model=tiny, config=QUICK)
+    assert found.history[0]["loss"] < 100
 
 
 def test_images_come_in_every_way(tiny, tmp_path):
@@ -815,7 +868,7 @@ def test_images_come_in_every_way(tiny, tmp_path):
 def test_images_that_are_too_small_or_none_are_refused(tiny):
     pixel = torch.rand(3, 1, 1)
     with pytest.raises(
-        ShapeError, match="expected a structure image of at least 5×5 pixels, got 1×1; enlarge it, or use"
+        ShapeError, match="expected a structure image of at least 5×5 pixels, got 1×1; enlarge it, raise"
     ):
         splice(pixel, APPEARANCE, model=tiny, config=QUICK)
     with pytest.raises(ShapeError, match="expected an appearance image of at least 5×5 pixels, got 4×64"):

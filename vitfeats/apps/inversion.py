@@ -87,7 +87,7 @@ class Inversion:
     @property
     def psnr(self) -> tuple[float, ...]:
         """Peak signal-to-noise ratio of each picture against the target, in dB; infinite where they are equal."""
-        errors = (self.tensor.double() - self.target.double()).square().mean((1, 2, 3)).tolist()
+        errors = (self.tensor.cpu().double() - self.target.cpu().double()).square().mean((1, 2, 3)).tolist()
         return tuple(math.inf if error == 0 else -10 * math.log10(error) for error in errors)
 
     def save(self, folder: Path | str) -> Path:
@@ -438,14 +438,24 @@ def _extractor(
         extractor = model
     else:
         extractor = load_extractor(model, size=config.size, device=device, dtype=dtype)
-        if extractor.overlaps and config.overlap > 1:
-            patch = extractor.card.patch
-            if patch % config.overlap:
-                raise ConfigError(f"expected an overlap that divides the patch of {patch} pixels, got {config.overlap}")
-            extractor = extractor.resized(stride=patch // config.overlap)
+        extractor = overlapping(extractor, config)
     if not extractor.differentiable:
         raise ConfigError(f"expected an extractor that gradients pass through, got {extractor!r}; try another model")
     return extractor
+
+
+def overlapping(extractor: Extractor, config: InvertConfig) -> Extractor:
+    """Return an extractor whose tokens overlap as the settings say, where its model can.
+
+    Raises:
+        ConfigError: If the overlap does not divide the patch.
+    """
+    if not extractor.overlaps or config.overlap == 1:
+        return extractor
+    patch = extractor.card.patch
+    if patch % config.overlap:
+        raise ConfigError(f"expected an overlap that divides the patch of {patch} pixels, got {config.overlap}")
+    return extractor.resized(stride=patch // config.overlap)
 
 
 def _usual_loss(tap: Tap) -> Loss:

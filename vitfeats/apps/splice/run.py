@@ -98,7 +98,7 @@ def splice(
         model: A name, a module, or an :class:`~vitfeats.Extractor`, which keeps its own precision and device. None is
             the default model. The paper uses ``dino_vitb8``.
         config: Settings; None is the preset "fast". ``SpliceConfig.preset("reference")`` is the published recipe.
-        seed: Of the first weights and every crop; the same seed gives the same bits on the same machine.
+        seed: Of the first weights and every crop; the same seed gives the same bits on one CPU with as many threads.
         steps: Optimiser steps, in place of ``config.steps``.
         terms: The objective; None is what ``config`` describes. Add your own: ``[*default_terms(config), Term(…)]``.
         generator: A network from (1, 3, h, w) to (1, 3, h, w) in 0..1 to train instead of the published one.
@@ -156,51 +156,49 @@ def _run(
     from tqdm import tqdm
 
     config, stopped, whole = splicer.config, "done", True
-
-    def result() -> SpliceResult:
-        return SpliceResult(splicer.render(), history, config, splicer.seed, stopped)
-
     with ExitStack() as stack:
         interrupt = stack.enter_context(deferred_interrupt())
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=splicer.done, unit="step", file=sys.stderr, disable=not progress)
         )
-        while splicer.done < config.steps:
-            whole = False
-            try:
-                losses = splicer.step()
-                bar.update()
-                shown = ("loss", "appearance", "structure", "identity")  # all of them would not fit into a line
-                bar.set_postfix({name: f"{losses[name]:.3g}" for name in shown if name in losses})
-                history.append({"step": splicer.done - 1, **losses})
-                _write(splicer, history[-1], folder)
-                whole = True
-                if callback is not None and callback(splicer.done - 1, losses, splicer.render):
-                    stopped = "callback"
-                elif _is_flat(history, config.patience):
-                    stopped = "plateau"
-            except FloatingPointError as error:
-                stopped, whole = "not finite", True  # the step was not taken
-                warnings.warn(
-                    f"the run stopped: {error}; the picture is the last good one", RuntimeWarning, stacklevel=3
-                )
-            except KeyboardInterrupt:  # raised by the callback, or a second Ctrl-C
-                interrupt.asked = True
-            if interrupt.asked:
-                stopped = "interrupted"
-            if stopped != "done":
-                break
-    made = result()
-    if folder is not None:
-        if whole:  # else the weights may be of two steps, and the checkpoint before is the one to go on from
+        try:
+            while splicer.done < config.steps and stopped == "done":
+                whole = False
+                try:
+                    losses = splicer.step()
+                    whole = True
+                    bar.update()
+                    shown = ("loss", "appearance", "structure", "identity")  # all of them would not fit into a line
+                    bar.set_postfix({name: f"{losses[name]:.3g}" for name in shown if name in losses})
+                    history.append({"step": splicer.done - 1, **losses})
+                    _write(splicer, history[-1], folder)
+                    if callback is not None and callback(splicer.done - 1, losses, splicer.render):
+                        stopped = "callback"
+                    elif _is_flat(history, config.patience):
+                        stopped = "plateau"
+                except FloatingPointError as error:
+                    stopped = "not finite"
+                    told = f"the run stopped: {error}; the picture is the last good one"
+                    warnings.warn(told, RuntimeWarning, stacklevel=3)
+                except KeyboardInterrupt:  # raised by the callback, or a second Ctrl-C
+                    interrupt.asked = True
+                if interrupt.asked and stopped == "done":
+                    stopped = "interrupted"
+        except Exception:  # of a callback, or of memory that ran out: an error leaves whole weights behind
+            if folder is not None:
+                folder.write_checkpoint(splicer.state_dict())
+            raise
+        # First, before anything else can fail. Not after a second Ctrl-C in the middle of a step, nor with weights that
+        # gave no finite loss: the checkpoint before is then the one to go on from.
+        if folder is not None and whole:
             folder.write_checkpoint(splicer.state_dict())
-        made.save(folder.path)
+        made = SpliceResult(splicer.render(), history, config, splicer.seed, stopped)
+        if folder is not None:
+            made.save(folder.path)
     if stopped == "interrupted":
-        how = (
-            "nothing was written: pass out="
-            if folder is None
-            else f"resume it (resume=True, --resume) in '{folder.path}'"
-        )
+        kept = folder is not None and folder.has_checkpoint
+        where = "" if folder is None else str(folder.path)
+        how = f"resume it (resume=True, --resume) in '{where}'" if kept else "nothing was written: pass out="
         raise SpliceInterrupted(f"interrupted after {splicer.done} steps; {how}", made)
     return made
 
@@ -210,10 +208,10 @@ def _write(splicer: Splicer, record: Mapping[str, Any], folder: RunFolder | None
         return
     config, done = splicer.config, splicer.done
     folder.append(record)
-    if config.snapshot_every and done % config.snapshot_every == 0:
-        folder.write_image(f"step_{done:06}.png", to_pil(splicer.render()))
     if config.checkpoint_every and done % config.checkpoint_every == 0:
         folder.write_checkpoint(splicer.state_dict())
+    if config.snapshot_every and done % config.snapshot_every == 0:
+        folder.write_image(f"step_{done:06}.png", to_pil(splicer.render()))
 
 
 def _is_flat(history: Sequence[Mapping[str, Any]], patience: int) -> bool:

@@ -1,7 +1,9 @@
 """One run, step by step: what is painted, what the model reads of it, and what the optimiser makes of that."""
 
+import copy
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -77,11 +79,15 @@ class Splicer:
             "appearance": self._working(load_image(appearance)[None].to(device)),
         }
         self.done = 0
+        self._active(0)
         self.generator = self._prepared(generator)
         self._painter: Any = torch.compile(self.generator, dynamic=True) if self.config.compile else self.generator
-        trained = [p for p in self.generator.parameters() if p.requires_grad]
+        self._trained = [p for p in self.generator.parameters() if p.requires_grad]
+        if not self._trained:
+            raise ConfigError("expected a generator with weights to train, got one without; set requires_grad")
+        self._before = [p.detach().clone() for p in self._trained]  # the last step whose losses were finite
         fused = device.type in ("cpu", "cuda")
-        self._optimiser = torch.optim.Adam(trained, lr=self.config.lr, betas=self.config.betas, fused=fused)
+        self._optimiser = torch.optim.Adam(self._trained, lr=self.config.lr, betas=self.config.betas, fused=fused)
         self._sized: dict[Size, Extractor] = {}
         self._crops: dict[tuple[Which, int], Tensor] = {}
         self._bank: dict[tuple[Which, int | None], Descriptors] = {}
@@ -93,19 +99,20 @@ class Splicer:
 
         Depends on the weights of the generator, the seed and the step; changes nothing.
         """
-        active = [t for t in self.terms if t.start <= step and (not t.whole or step % self.config.whole_every == 0)]
-        if not active:
-            raise ConfigError(f"expected a term with a weight above 0 at step {step}, got none; begin one earlier")
+        active = self._active(step)
         numbers: dict[Which, int] = {"structure": self._number("structure", step)}
         numbers["appearance"] = self._number("appearance", step)
         made = self._read_made({(t.made, t.whole) for t in active}, numbers, [t.tap for t in active])
-        wanted = self._read_wanted(
-            {(t.wanted, None if t.whole and t.wanted == t.made else numbers[t.wanted]) for t in active}
-        )
+        keys = {t.name: (t.wanted, None if t.whole and t.wanted == t.made else numbers[t.wanted]) for t in active}
+        wanted = self._read_wanted(set(keys.values()))
         values: dict[str, Tensor] = {}
         for term in active:
-            number = None if term.whole and term.wanted == term.made else numbers[term.wanted]
-            values[term.name] = term.loss(made[term.made, term.whole][term.tap], wanted[term.wanted, number][term.tap])
+            values[term.name] = term.loss(made[term.made, term.whole][term.tap], wanted[keys[term.name]][term.tap])
+            if values[term.name].ndim:
+                shape = tuple(values[term.name].shape)
+                raise ConfigError(
+                    f"expected a loss of one number for the term '{term.name}', got shape {shape}; average it"
+                )
         values["loss"] = torch.stack([self._weight(term) * values[term.name] for term in active]).sum()
         return values
 
@@ -113,24 +120,45 @@ class Splicer:
         """Take one optimiser step; return the terms before their weights, and ``loss``.
 
         Raises:
-            FloatingPointError: If a loss or a gradient is not finite. The generator is left as it was before the step.
+            FloatingPointError: If the picture, a loss or a gradient is not finite. The generator then has the weights
+                of the last step whose losses were finite.
         """
-        values = self.objective(self.done)
-        self._optimiser.zero_grad(set_to_none=True)
-        trained = [p for p in self.generator.parameters() if p.requires_grad]
-        values["loss"].backward(inputs=trained)  # and never into the weights of a judge that is not frozen
-        losses = {name: float(value.detach()) for name, value in values.items()}
-        broken = [name for name, value in losses.items() if not math.isfinite(value)]
-        gradients = [p.grad.norm() for p in self.generator.parameters() if p.grad is not None]
-        if not broken and not bool(torch.stack(gradients).isfinite().all()):
-            broken = ["the gradient"]
-        if broken:
-            raise FloatingPointError(f"expected finite losses at step {self.done}, got {', '.join(broken)} that is not")
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                values = self.objective(self.done)
+                self._optimiser.zero_grad(set_to_none=True)
+                values["loss"].backward(inputs=self._trained)  # never into the weights of a judge that is not frozen
+            losses = {name: float(value.detach()) for name, value in values.items()}
+            broken = [name for name, value in losses.items() if not math.isfinite(value)]
+            gradients = [p.grad.norm() for p in self._trained if p.grad is not None]
+            if not broken and not bool(torch.stack(gradients).isfinite().all()):
+                broken = ["the gradient"]
+            if broken:
+                raise FloatingPointError(
+                    f"expected finite losses at step {self.done}, got {', '.join(broken)} not finite"
+                )
+        except FloatingPointError:
+            self._copy(self._before, self._trained)
+            raise
+        self._copy(self._trained, self._before)
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate()
         self._optimiser.step()
         self.done += 1
         return losses
+
+    def _active(self, step: int) -> list[Term]:
+        active = [t for t in self.terms if t.start <= step and (not t.whole or step % self.config.whole_every == 0)]
+        if not active:
+            raise ConfigError(
+                f"expected a term with a weight above 0 at step {step}, got none; begin one earlier (start=, warmup=)"
+            )
+        return active
+
+    @torch.no_grad()
+    def _copy(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+        for kept, other in zip(target, source, strict=True):
+            kept.copy_(other)
 
     @torch.no_grad()
     def render(self) -> Float[Tensor, "3 height width"]:
@@ -164,8 +192,8 @@ class Splicer:
             "format": _FORMAT,
             "about": self._about(),
             "step": self.done,
-            "generator": self.generator.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
+            "generator": copy.deepcopy(self.generator.state_dict()),  # a later step must not change what was kept
+            "optimiser": copy.deepcopy(self._optimiser.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,19 +207,22 @@ class Splicer:
         check_same(state["about"], self._about(), free=self._free())
         self.generator.load_state_dict(state["generator"])
         self._optimiser.load_state_dict(state["optimiser"])
+        self._copy(self._trained, self._before)
         self.done = int(state["step"])
 
     def _about(self) -> dict[str, Any]:
         digests = {name: _digest(image) for name, image in self._images.items()}
         about = plain_config(self.config) | {"model": self.extractor.card.name, "seed": self.seed}
         about |= {"structure image": digests["structure"], "appearance image": digests["appearance"]}
-        about["terms"] = [f"{t.weight:g} {t.name} ({t.tap})" for t in self.terms]
-        about["parameters"] = sum(p.numel() for p in self.generator.parameters())
+        about |= {"model's stride": self.extractor.preprocess.stride, "model's precision": str(self.extractor.autocast)}
+        about["terms"] = [_told(term) for term in self.terms]
+        sizes = [p.numel() for p in self.generator.parameters()]
+        about["generator"] = f"{type(self.generator).__name__} of {sum(sizes)} weights in {len(sizes)} arrays"
         return about
 
     def _free(self) -> tuple[str, ...]:
         """Return the settings that may change when a run is resumed; the length, unless the schedule hangs on it."""
-        free = ("checkpoint_every", "snapshot_every", "patience", "compile")
+        free = ("checkpoint_every", "snapshot_every", "patience")
         return free if self.config.schedule == "cosine" else (*free, "steps")
 
     def _working(self, image: Tensor) -> Tensor:
@@ -218,7 +249,7 @@ class Splicer:
                     article = "an" if name == "appearance" else "a"
                     raise ShapeError(
                         f"expected {article} {name} image of at least {made.smallest}×{made.smallest} pixels, got "
-                        f"{image.shape[-2]}×{image.shape[-1]}; enlarge it, or use fewer channels="
+                        f"{image.shape[-2]}×{image.shape[-1]}; enlarge it, raise working_size=, or use fewer channels="
                     )
         return made
 
@@ -231,6 +262,8 @@ class Splicer:
             made = self._painter(image)
         if made.shape != image.shape:
             raise ShapeError(f"expected a generator that keeps {tuple(image.shape)}, got {tuple(made.shape)} from it")
+        if not bool(made.detach().isfinite().all()):
+            raise FloatingPointError(f"expected a finite picture at step {self.done}, got NaN or infinity")
         return made.float()
 
     def _network(self, image: Tensor) -> Tensor:
@@ -258,7 +291,9 @@ class Splicer:
             return term.weight
         if term.tap not in self._distance:
             a, b = (self._extract(self._network(self._images[which]), [term.tap])[term.tap] for which in _NUMBER)
-            self._distance[term.tap] = max(float(appearance_loss(a, b)), 1e-12)
+            # Two images that are nearly the same have no distance to measure by: a thousandth of the token's own size.
+            floor = 1e-3 * float(b.features.square().mean())
+            self._distance[term.tap] = max(float(appearance_loss(a, b)), floor)
         return term.weight / self._distance[term.tap]
 
     def _number(self, which: Which, step: int) -> int:
@@ -270,16 +305,19 @@ class Splicer:
 
     def _view(self, which: Which, number: int) -> Tensor:
         """Return an augmented crop. Only the structure image's colours are shifted: the other's are what is wanted."""
-        if (which, number) in self._crops:
-            return self._crops[which, number]
         config, rng = self.config, numbered(self.seed, _VIEW, _NUMBER[which], number)
         image = flipped(self._images[which], config.flip, rng)
         if which == "structure":
             image = blurred(jittered(image, config.jitter, rng), config.blur, rng)
-        crop = square_crop(image, config.smallest_crop, rng)
-        if config.views:
-            self._crops[which, number] = crop
-        return crop
+        return square_crop(image, config.smallest_crop, rng)
+
+    def _painted_view(self, which: Which, number: int) -> Tensor:
+        """Return a crop that the generator is given; those of a bank are cut once."""
+        if not self.config.views:
+            return self._view(which, number)
+        if (which, number) not in self._crops:
+            self._crops[which, number] = self._view(which, number)
+        return self._crops[which, number]
 
     def _read_made(
         self, wanted: set[tuple[Which, bool]], numbers: Mapping[Which, int], taps: Sequence[str | Tap]
@@ -287,7 +325,7 @@ class Splicer:
         """Paint what the terms compare, and read all that has one size in one forward pass."""
         painted: dict[tuple[Which, bool], Tensor] = {}
         for which, whole in sorted(wanted):
-            image = self._images[which] if whole else self._view(which, numbers[which])
+            image = self._images[which] if whole else self._painted_view(which, numbers[which])
             painted[which, whole] = self._network(self._painted(image))
         read: dict[tuple[Which, bool], dict[str | Tap, Descriptor]] = {}
         for size in {image.shape: None for image in painted.values()}:
@@ -333,9 +371,22 @@ def _network_size(source: Size, size: int, most: int) -> Size:
 
 
 def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, int) or seed < 0:
+    try:
+        number = operator.index(seed)
+    except TypeError as error:
+        raise ConfigError(f"expected a whole number as seed, got {seed!r}") from error
+    if number < 0:
         raise ConfigError(f"expected a seed of at least 0, got {seed!r}")
-    return seed
+    return number
+
+
+def _told(term: Term) -> str:
+    """Return all that makes a term, as one line: two objectives are the same where their lines are."""
+    loss = getattr(term.loss, "func", term.loss)  # of a partial
+    settings = getattr(term.loss, "keywords", {})
+    name = getattr(loss, "__qualname__", type(loss).__name__)
+    when = f"{'whole' if term.whole else 'crops'} from step {term.start}"
+    return f"{term.weight!r} {term.name}: {name}{settings or ''} of {term.tap}, {term.made} to {term.wanted}, {when}"
 
 
 def _digest(image: Tensor) -> str:

@@ -70,8 +70,17 @@ def checked_terms(terms: Sequence[Term], extractor: Extractor) -> list[Term]:
     for term in terms:
         if not term.weight >= 0 or not math.isfinite(term.weight):
             raise ConfigError(f"expected a weight of at least 0 for the term '{term.name}', got {term.weight}")
-        if term.name in [other.name for other in checked] or term.name in ("loss", "step"):
-            raise ConfigError(f"expected terms of different names, not 'loss' or 'step', got '{term.name}' twice")
+        if term.name in ("loss", "step"):
+            raise ConfigError(
+                f"expected another name than 'loss' and 'step', which the history uses, got '{term.name}'"
+            )
+        if term.name in [other.name for other in checked]:
+            raise ConfigError(f"expected terms of different names, got '{term.name}' twice")
+        if not {term.made, term.wanted} <= {"structure", "appearance"}:
+            raise ConfigError(
+                f"expected made and wanted to be 'structure' or 'appearance' for the term '{term.name}', got "
+                f"{term.made!r} and {term.wanted!r}"
+            )
         if not term.weight:
             continue
         try:
