@@ -27,11 +27,11 @@ from PIL import Image
 import vitfeats as vf
 from vitfeats.apps.evaluation import colour_distance
 from vitfeats.apps.splice import Splicer
-from vitfeats.configs import SpliceConfig
+from vitfeats.configs import Preset, SpliceConfig
 from vitfeats.preprocess import to_pil
 
 EVERY, SEEDS = 25, (0, 1, 2)
-STEPS = {"reference": 500, "fast": 150}
+STEPS: dict[Preset, int] = {"reference": 500, "fast": 150}
 COLOURS = {"reference": "#888888", "fast": "#3f51b5"}
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     curves(options.out).savefig(options.out / "curves.svg")
 
 
-def run(preset: str, pair: str, seed: int, folder: Path) -> None:
+def run(preset: Preset, pair: str, seed: int, folder: Path) -> None:
     """Make one run, and write a record every 25 steps and the picture at the end."""
     path = folder / f"{preset}_{pair}_{seed}.jsonl"
     if len(records(path)) > STEPS[preset] // EVERY:

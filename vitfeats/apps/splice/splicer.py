@@ -103,7 +103,9 @@ class Splicer:
         numbers: dict[Which, int] = {"structure": self._number("structure", step)}
         numbers["appearance"] = self._number("appearance", step)
         made = self._read_made({(t.made, t.whole) for t in active}, numbers, [t.tap for t in active])
-        keys = {t.name: (t.wanted, None if t.whole and t.wanted == t.made else numbers[t.wanted]) for t in active}
+        keys: dict[str, tuple[Which, int | None]] = {
+            t.name: (t.wanted, None if t.whole and t.wanted == t.made else numbers[t.wanted]) for t in active
+        }
         wanted = self._read_wanted(set(keys.values()))
         values: dict[str, Tensor] = {}
         for term in active:
