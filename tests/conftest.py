@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # No test may reach for the network; those of the look for it switch this off for themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -36,3 +37,11 @@ def as_a_user() -> Iterator[None]:
     """Run a whole test as users run, without the type checks of the test run."""
     with as_users_run():
         yield
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Listen to SIGINT as a terminal's program does: one that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

@@ -145,6 +145,7 @@ def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_waits_and_the_handler_comes_back():
     before = signal.getsignal(signal.SIGINT)
     with deferred_interrupt() as interrupt:
@@ -157,6 +158,7 @@ def test_an_interrupt_waits_and_the_handler_comes_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interrupt_acts_at_once():
     before = signal.getsignal(signal.SIGINT)
     asked = []
@@ -238,3 +240,14 @@ def test_the_files_are_plain_text(tmp_path):
     folder = RunFolder(str(tmp_path))
     folder.append({"step": 0, "loss": 0.5})
     assert json.loads((tmp_path / "history.jsonl").read_text()) == {"step": 0, "loss": 0.5}
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with runs.deferred_interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interrupt.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

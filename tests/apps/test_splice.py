@@ -496,6 +496,7 @@ def press_ctrl_c(*steps: int):
     return callback
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_loses_nothing(tiny, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     message = re.escape(f"after 2 steps; resume it (resume=True, --resume) in '{tmp_path}'")
@@ -513,6 +514,7 @@ def test_ctrl_c_loses_nothing(tiny, tmp_path):
         run(tiny, callback=press_ctrl_c(0))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tiny, tmp_path):
     class Pressed(Turning):
         def __call__(self, made, wanted):
@@ -527,6 +529,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tiny, tmp_path):
     assert torch.equal(run(tiny, terms=terms, out=tmp_path, resume=True).tensor, run(tiny, terms=terms).tensor)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_impatient_second_ctrl_c_leaves_a_checkpoint_of_whole_steps(tiny, tmp_path, monkeypatch):
     """It may end a step in its middle; what is kept is what was before."""
     config = replace(QUICK, checkpoint_every=1)
