@@ -6,7 +6,6 @@ Results go to standard output, progress to standard error. Nothing heavy is impo
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -515,16 +514,9 @@ def _save_picture(picture: "Image.Image", path: Path) -> None:
 
 
 def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:
-    print(json.dumps(_finite(facts)) if as_json else text)
+    from vitfeats.runs import finite
 
-
-def _finite(value: Any) -> Any:
-    """Return a value as JSON knows it: NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(facts)) if as_json else text)
 
 
 if __name__ == "__main__":

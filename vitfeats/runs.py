@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import signal
 import threading
 import warnings
@@ -128,6 +129,15 @@ class RunFolder:
 
 def _warn_unwritten(name: str, error: Exception) -> None:
     warnings.warn(f"'{name}' could not be written, the run goes on: {error}", RuntimeWarning, stacklevel=4)
+
+
+def finite(value: Any) -> Any:
+    """Return plain values as JSON knows them: NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_same(kept: Mapping[str, Any], wanted: Mapping[str, Any], free: tuple[str, ...] = ()) -> None:

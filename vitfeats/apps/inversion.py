@@ -9,7 +9,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from vitfeats.nets.skip import SkipNet
 from vitfeats.pca import PCA
 from vitfeats.preprocess import ImageLike, load_image, to_pil
 from vitfeats.resize import resize_images
-from vitfeats.runs import Callback
+from vitfeats.runs import Callback, finite
 from vitfeats.similarity import self_similarity
 from vitfeats.taps import Tap
 
@@ -120,7 +120,7 @@ class Inversion:
             "config": asdict(self.config),
             "history": self.history,
         }
-        write_whole(where / "inversion.json", (json.dumps(_plain(facts), indent=1, allow_nan=False) + "\n").encode())
+        write_whole(where / "inversion.json", (json.dumps(finite(facts), indent=1, allow_nan=False) + "\n").encode())
         return where
 
     def __repr__(self) -> str:
@@ -493,12 +493,3 @@ def _generator(seed: int, start: int, what: int | str) -> torch.Generator:
 
 def _or_infinity(value: float) -> float:
     return value if math.isfinite(value) else math.inf
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON knows it: what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
