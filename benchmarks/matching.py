@@ -14,14 +14,12 @@ size before it, in a new process for each chunk, after a small call that loads w
 """
 
 import argparse
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measuring import Row, described, paired, show, threads
+from measuring import Row, described, paired, reset_peak, resident, show, threads
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
@@ -60,10 +58,9 @@ def peak(side: int, chunk: int | None) -> float:
     """Return the megabytes that a call of match_mutual adds at most to the resident size of this process."""
     small, a, b = described(8, DIM), described(side, DIM), described(side, DIM, 1)
     vf.match_mutual(small, small)
-    Path("/proc/self/clear_refs").write_text("5")
-    start = _resident("VmRSS")
+    start = reset_peak()
     vf.match_mutual(a, b, chunk=chunk)
-    return (_resident("VmHWM") - start) / MB
+    return (resident("VmHWM") - start) / MB
 
 
 def _times(side: int, runs: int) -> list[Row]:
@@ -130,12 +127,6 @@ def _memory(side: int, chunk: int | None, number: int) -> Row:
     what = f"match_mutual, chunk {chunk}: memory beyond the inputs / (block + 20 MB)"
     ours, allowed = float(ran.stdout), block + 20
     return Row(what, f"{ours / allowed:.2f}", "≤ 1", f"{ours:.1f} MB", f"{allowed:.1f} MB")
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What the benchmarks share: paired runs in turns, rows of a table, and descriptors of random numbers."""
 
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -79,3 +82,17 @@ def described(side: int, dim: int, seed: int = 0) -> vf.Descriptor:
     grid = vf.PatchGrid(side, side, 8, 4)
     features = torch.randn(1, grid.tokens, dim, generator=torch.Generator().manual_seed(seed))
     return vf.Descriptor(features, grid, (vf.Frame(grid.network_size, grid.network_size),), vf.Tap("key", 9), "numbers")
+
+
+def reset_peak() -> int:
+    """Reset what the kernel keeps as the largest resident size; return the size now, in bytes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Return a size that the kernel keeps of this process, in bytes: "VmRSS" is now, "VmHWM" the largest."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

@@ -29,22 +29,19 @@ On a busy machine, --threads 1 --cpu-time counts the seconds that the process ha
 
 import argparse
 import copy
-import gc
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
-from measuring import Row, milliseconds, show, threads
+from measuring import Row, milliseconds, reset_peak, resident, show, threads
 from PIL import ImageOps
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -416,15 +413,15 @@ def peak(what: str, size: tuple[int, int], tiny: bool) -> float:
         loop(letter, small).step()
     if what in ("matrix", "factored"):
         work = _both_ways(what, 6 if tiny else SIDE)
-        start = _reset()
+        start = reset_peak()
         work()
-        return (_resident("VmHWM") - start) / MB
+        return (resident("VmHWM") - start) / MB
     scene = Scene.made(size, tiny)
-    start = _reset()
+    start = reset_peak()
     one = loop(what, scene)
     for _ in range(STEPS):
         one.step()
-    return (_resident("VmHWM") - start) / MB
+    return (resident("VmHWM") - start) / MB
 
 
 @torch.no_grad()
@@ -508,19 +505,6 @@ def _asked(what: str, size: tuple[int, int], number: int, tiny: bool) -> float:
         command + ["--fast"] * tiny, capture_output=True, text=True, check=True, env=os.environ | settings
     )
     return float(ran.stdout)
-
-
-def _reset() -> int:
-    """Reset what the kernel keeps as the largest resident size; return the size now."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from PIL import Image
 from vitfeats import runs
 from vitfeats.configs import SpliceConfig, read_config
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError
-from vitfeats.runs import RunFolder, check_same, deferred_interrupt, tensorboard
+from vitfeats.runs import RunFolder, check_same, deferred_interrupt, scheduled, tensorboard
 
 STATE = {"format": "vitfeats.test/1", "step": 3, "weights": {"a": torch.arange(4.0)}, "none": None, "texts": ["a", "b"]}
 
@@ -251,3 +251,9 @@ def test_an_interrupt_that_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_cosine_goes_from_the_rate_to_nothing_and_a_constant_stays():
+    assert [scheduled(0.2, "cosine", step, 10) for step in (0, 5)] == pytest.approx([0.2, 0.1])
+    assert scheduled(0.2, "cosine", 10, 10) == scheduled(0.2, "cosine", 12, 10) == pytest.approx(0)
+    assert scheduled(0.2, "constant", 9, 10) == 0.2

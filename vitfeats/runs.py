@@ -131,6 +131,13 @@ def _warn_unwritten(name: str, error: Exception) -> None:
     warnings.warn(f"'{name}' could not be written, the run goes on: {error}", RuntimeWarning, stacklevel=4)
 
 
+def scheduled(lr: float, schedule: str, step: int, steps: int) -> float:
+    """Return the learning rate of a step: "constant", or "cosine" from ``lr`` down to 0 after ``steps``."""
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
 def finite(value: Any) -> Any:
     """Return plain values as JSON knows them: NaN and infinity become None."""
     if isinstance(value, Mapping):

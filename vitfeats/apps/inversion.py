@@ -29,7 +29,7 @@ from vitfeats.nets.skip import SkipNet
 from vitfeats.pca import PCA
 from vitfeats.preprocess import ImageLike, load_image, to_pil
 from vitfeats.resize import resize_images
-from vitfeats.runs import Callback, finite
+from vitfeats.runs import Callback, finite, scheduled
 from vitfeats.similarity import self_similarity
 from vitfeats.taps import Tap
 
@@ -406,15 +406,8 @@ class _Run:
             for parameter in group:
                 parameter.grad = next(found)
             for settings in self.optimisers[start].param_groups:
-                settings["lr"] = lr_at(self.config, step)
+                settings["lr"] = scheduled(self.config.lr, self.config.schedule, step, self.config.steps)
             self.optimisers[start].step()
-
-
-def lr_at(config: InvertConfig, step: int) -> float:
-    """Return the learning rate of a step."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 def noise_at(config: InvertConfig, tap: Tap, step: int) -> float:

@@ -22,7 +22,7 @@ from vitfeats.losses import appearance_loss, structure_loss
 from vitfeats.nets.skip import SkipNet
 from vitfeats.preprocess import ImageLike, load_image
 from vitfeats.resize import carry_detail, resize_images
-from vitfeats.runs import check_same
+from vitfeats.runs import check_same, scheduled
 from vitfeats.taps import Tap
 from vitfeats.views import blurred, flipped, jittered, numbered, square_crop
 
@@ -144,7 +144,7 @@ class Splicer:
             raise
         self._copy(self._trained, self._before)
         for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = scheduled(self.config.lr, self.config.schedule, self.done, self.config.steps)
         self._optimiser.step()
         self.done += 1
         return losses
@@ -356,11 +356,6 @@ class Splicer:
             for index, key in enumerate(fresh):
                 read[key] = Descriptors([(str(tap), d[index]) for tap, d in together.items()])
         return read
-
-    def _learning_rate(self) -> float:
-        if self.config.schedule == "constant":
-            return self.config.lr
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, self.done / self.config.steps)))
 
 
 def _network_size(source: Size, size: int, most: int) -> Size:
