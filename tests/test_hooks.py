@@ -75,6 +75,25 @@ def test_attention_probe_sees_queries_and_keys():
     assert seen == [(1, 4, 17, 12)] * 3
 
 
+def test_what_attends_in_place_of_one_module_is_called_there_alone():
+    model, seen = build("timm-augreg"), []
+
+    def noted(func, args, kwargs):
+        seen.append(args[0].shape)
+        return func(args[0], args[1], torch.zeros_like(args[2]), **kwargs)
+
+    def run(m):
+        m(torch.rand(1, 3, 64, 64))
+
+    probes = _probes("blocks.0.attn.proj", "blocks.1.attn.proj", where="input")
+    probes["a"] = Probe("blocks.1.attn", lambda call: call[0][2].abs().max(), "attention")
+    values = capture(model, probes, run, attend={"blocks.1.attn": noted})
+    assert seen == [(1, 4, 17, 12)]
+    assert values["a"] > 0  # a probe sees what the module asked for
+    assert [bool(values[f"blocks.{i}.attn.proj"].any()) for i in (0, 1)] == [True, False]
+    assert count_hooks(model) == 0
+
+
 def test_on_value_streams_and_nothing_is_kept():
     chain, seen = Chain(), []
     values = capture(

@@ -68,7 +68,11 @@ class _Pass:
     """The state of one forward pass: what fired, what is still to come, and the thread that owns it."""
 
     def __init__(
-        self, probes: Mapping[Hashable, Probe], stop: bool, on_value: Callable[[Hashable, Any], None] | None
+        self,
+        probes: Mapping[Hashable, Probe],
+        stop: bool,
+        on_value: Callable[[Hashable, Any], None] | None,
+        attend: Mapping[str, Handler],
     ) -> None:
         self.owner = threading.get_ident()
         self.probes = probes
@@ -76,7 +80,8 @@ class _Pass:
         self.stop = stop
         self.on_value = on_value
         self.values: dict[Hashable, Any] = {}
-        self.attending: Hashable | None = None
+        self.attend = attend
+        self.attending: str | None = None
 
     def saw(self, name: Hashable, what: Any) -> None:
         """Take one value; end the pass if it was the last one wanted."""
@@ -96,39 +101,56 @@ class _Pass:
             raise _Stop
 
     def register(self, root: nn.Module, name: Hashable, probe: Probe) -> Iterable[Any]:
-        """Put the hooks of one probe on the model; return their handles."""
+        """Put the hook of one probe on the model; return its handle. Attention is seen without one."""
         module = find_module(root, probe.path)
 
-        def mine() -> bool:
-            return threading.get_ident() == self.owner
-
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if mine():
+            if self._mine():
                 self.saw(name, output[0] if isinstance(output, tuple) else output)
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if mine():
+            if self._mine():
                 self.saw(name, args[0] if args else next(iter(kwargs.values())))
-
-        def enter(_module: nn.Module, _inputs: Any) -> None:
-            if mine():
-                self.attending = name
-
-        def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            if mine():
-                self.attending = None
 
         if probe.where == "output":
             return [module.register_forward_hook(after)]
         if probe.where == "input":
             return [module.register_forward_pre_hook(before, with_kwargs=True)]
+        return []
+
+    def watch(self, root: nn.Module, path: str) -> Iterable[Any]:
+        """Put hooks on a module that tell when the pass is inside it; return their handles."""
+        module = find_module(root, path)
+
+        def enter(_module: nn.Module, _inputs: Any) -> None:
+            if self._mine():
+                self.attending = path
+
+        def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            if self._mine():
+                self.attending = None
+
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
+    @property
+    def attention_paths(self) -> list[str]:
+        """Return the modules in which a call of scaled-dot-product attention is seen or replaced."""
+        seen = [probe.path for probe in self.probes.values() if probe.where == "attention"]
+        return list(dict.fromkeys([*seen, *self.attend]))
+
     def attention_handler(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stand in for scaled-dot-product attention: note what it was given, then call it."""
-        if self.attending is not None:
-            self.saw(self.attending, (args, kwargs))
-        return func(*args, **kwargs)
+        """Stand in for scaled-dot-product attention: note what it was given, then call it, or what replaces it."""
+        inside = self.attending
+        if inside is None:
+            return func(*args, **kwargs)
+        for name, probe in self.probes.items():
+            if probe.where == "attention" and probe.path == inside:
+                self.saw(name, (args, kwargs))
+        replaced = self.attend.get(inside)
+        return func(*args, **kwargs) if replaced is None else replaced(func, args, kwargs)
+
+    def _mine(self) -> bool:
+        return threading.get_ident() == self.owner
 
 
 def capture(
@@ -140,6 +162,7 @@ def capture(
     on_value: Callable[[Hashable, Any], None] | None = None,
     handlers: Mapping[Callable[..., Any], Handler] | None = None,
     around: Handler | None = None,
+    attend: Mapping[str, Handler] | None = None,
     substitutes: Iterable[Substitute] = (),
 ) -> dict[Hashable, Any]:
     """Run a model once and return what the probes read.
@@ -152,6 +175,7 @@ def capture(
         on_value: Called with (name, value) as each probe fires; the values are then not kept.
         handlers: Torch functions to replace during the pass, in this thread only.
         around: Called in place of every other torch function during the pass, in this thread only.
+        attend: By module path, what stands in for calls of scaled-dot-product attention inside that module.
         substitutes: Module inputs to replace during the pass.
 
     Returns:
@@ -161,15 +185,16 @@ def capture(
         TapError: If a path does not exist, or a probe fires never or twice.
     """
     root = unwrapped(model)
-    state = _Pass(probes, stop and not _is_offloaded(root), on_value)
-    attends = any(probe.where == "attention" for probe in probes.values())
+    state = _Pass(probes, stop and not _is_offloaded(root), on_value, attend or {})
     modes: dict[Callable[..., Any], Handler] = dict(handlers or {})
-    if attends:
+    if state.attention_paths:
         modes[F.scaled_dot_product_attention] = state.attention_handler
     handles: list[Any] = []
     try:
         for substitute in substitutes:
             handles.append(_substitute(root, substitute, state.owner))
+        for path in state.attention_paths:
+            handles.extend(state.watch(root, path))
         for name, probe in probes.items():
             handles.extend(state.register(root, name, probe))
         with ExitStack() as stack:

@@ -4,14 +4,15 @@ import io
 import json
 import math
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
@@ -20,6 +21,8 @@ from torch import Tensor
 from vitfeats.configs import write_config
 from vitfeats.descriptor import write_whole
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError
+
+T = TypeVar("T")
 
 Callback = Callable[[int, Mapping[str, float], Callable[[], Tensor]], bool | None]
 """``callback(step, losses, image)``, called after each step; ``True`` ends the run there.
@@ -195,6 +198,130 @@ def deferred_interrupt() -> Iterator[Interrupt]:
         yield state
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """What takes the steps of a run.
+
+    ``step`` takes one and returns losses by name, ``loss`` among them, or raises FloatingPointError where they are not
+    finite, with the weights of the last step that was. Two states of one step must be one: a run that is resumed is
+    the run that was never stopped.
+    """
+
+    done: int
+    config: Any
+
+    def step(self) -> dict[str, float]:
+        """Take a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on, as plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; refuse a state of other settings."""
+        ...
+
+
+def begin(trainer: Trainer, folder: RunFolder | None, resume: bool) -> list[dict[str, Any]]:
+    """Take up the checkpoint of a folder, or begin a new run there; return the history so far.
+
+    Raises:
+        ConfigError: If there is a checkpoint and ``resume`` is false, or it is of other settings.
+        StoreError: If the checkpoint cannot be read.
+    """
+    if folder is None:
+        return []
+    if folder.has_checkpoint and not resume:
+        raise ConfigError(
+            f"expected a folder without a run, but '{folder.path}' has a checkpoint; resume it (resume=True, --resume) "
+            "or use another folder"
+        )
+    if folder.has_checkpoint:
+        trainer.load_state_dict(folder.read_checkpoint())
+    history = folder.read_history(trainer.done)
+    folder.write_history(history)  # without what was written after the checkpoint
+    folder.write_config(trainer.config)
+    return history
+
+
+def take_steps(
+    trainer: Trainer,
+    steps: int,
+    history: list[dict[str, Any]],
+    folder: RunFolder | None,
+    *,
+    checkpoint_every: int,
+    after: Callable[[dict[str, float]], str | None],
+    finish: Callable[[str], T],
+    shown: tuple[str, ...] = ("loss",),
+    progress: bool = False,
+) -> T:
+    """Take steps until ``trainer.done`` is ``steps``; Ctrl-C, errors and losses that are not finite lose nothing.
+
+    Args:
+        trainer: Takes them.
+        steps: Where it ends.
+        history: One record a step is added: ``step`` and its losses.
+        folder: Written: the history line by line, and checkpoints; None writes nothing.
+        checkpoint_every: Steps from one checkpoint to the next; one more is written at the end. 0 writes that alone.
+        after: Called after each step with its losses; a reason, one word or two, ends the run.
+        finish: Called at the end, still before Ctrl-C can act, with "done", what ``after`` said, "interrupted" or
+            "not finite" (with a warning); makes what is returned.
+        shown: Losses that the progress bar shows.
+        progress: Show a progress bar on standard error.
+    """
+    from tqdm import tqdm
+
+    stopped, whole = "done", True
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(deferred_interrupt())
+        bar = stack.enter_context(
+            tqdm(total=steps, initial=trainer.done, unit="step", file=sys.stderr, disable=not progress)
+        )
+        try:
+            while trainer.done < steps and stopped == "done":
+                whole = False
+                try:
+                    losses = trainer.step()
+                    whole = True
+                    bar.update()
+                    bar.set_postfix({name: f"{losses[name]:.3g}" for name in shown if name in losses})
+                    history.append({"step": trainer.done - 1, **losses})
+                    if folder is not None:
+                        folder.append(history[-1])
+                        if checkpoint_every and trainer.done % checkpoint_every == 0:
+                            folder.write_checkpoint(trainer.state_dict())
+                    stopped = after(losses) or stopped
+                except FloatingPointError as error:
+                    stopped = "not finite"
+                    warnings.warn(
+                        f"the run stopped: {error}; what it made is the last that was good",
+                        RuntimeWarning,
+                        stacklevel=4,
+                    )
+                except KeyboardInterrupt:  # raised by a callback, or a second Ctrl-C
+                    interrupt.asked = True
+                if interrupt.asked and stopped == "done":
+                    stopped = "interrupted"
+        except Exception:  # of a callback, or of memory that ran out: an error leaves whole weights behind
+            if folder is not None:
+                folder.write_checkpoint(trainer.state_dict())
+            raise
+        # First, before anything else can fail. Not after a second Ctrl-C in the middle of a step, nor with weights that
+        # gave no finite loss: the checkpoint before is then the one to go on from.
+        if folder is not None and whole:
+            folder.write_checkpoint(trainer.state_dict())
+        return finish(stopped)
+
+
+def interruption(done: int, folder: RunFolder | None) -> str:
+    """Return what to tell a user whose Ctrl-C ended a run."""
+    kept = folder is not None and folder.has_checkpoint
+    how = f"resume it (resume=True, --resume) in '{folder.path}'" if kept else "nothing was written: pass out="
+    return f"interrupted after {done} steps; {how}"
 
 
 def tensorboard(folder: Path | str, *, image_every: int = 0) -> Callback:

@@ -343,3 +343,37 @@ def test_without_a_rule_the_model_does_as_it_does_also_with_overlap():
     assert ruled.card.position_rule == "timm"
     free = vf.load_extractor(model, size=(64, 96), stride=8, card=replace(ruled.card, position_rule=None))
     torch.testing.assert_close(free(image, "token@0").features, ruled(image, "token@0").features)
+
+
+@pytest.mark.parametrize("family", [*TIMM, *HF])
+@pytest.mark.parametrize("taps", ["cls@1", "key@1 cls@1", "cls@1 attention@1 token@0", "cls@1 out@1"])
+def test_frugal_reads_the_same_but_for_rounding_and_its_gradient_too(family, taps, photo):
+    exact = vf.load_extractor(build(family), size=_native(build(family)))
+    if not exact.card.has_cls:
+        pytest.skip("no CLS")
+    frugal = exact.resized()
+    frugal.frugal = True
+    found = []
+    for extractor in (exact, frugal):
+        pixels = extractor.preprocess(photo).pixels
+        image = torch.rand(2, 3, *pixels.shape[-2:], generator=torch.Generator().manual_seed(0)).requires_grad_()
+        read = extractor(image, taps.split())
+        sum(d.features.sin().sum() + d.cls.cos().sum() for d in read.values()).backward()
+        found.append([*(read[tap].features.detach() for tap in read), *(read[tap].cls.detach() for tap in read)])
+        found[-1].append(image.grad)
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["timm-augreg", "timm-dinov3"])
+def test_frugal_runs_the_rest_of_the_last_block_for_cls_alone(family, photo):
+    model = build(family)
+    extractor = vf.load_extractor(model, size=64)
+    extractor.frugal = True
+    tokens = []
+    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda _m, args: tokens.append(args[0].shape[1]))
+    for taps in (["key@1", "cls@1"], ["cls@1", "token@1"], ["cls@1", "out@1"], ["cls@1", "key@2"]):
+        extractor(photo, taps)
+    handle.remove()
+    everything = extractor.preprocess(photo).grid.tokens + extractor.card.prefix_tokens
+    assert tokens == [1, everything, everything, everything]

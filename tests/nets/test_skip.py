@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitfeats.errors import ConfigError, ShapeError
-from vitfeats.nets.skip import SkipNet, initialise
+from vitfeats.nets.skip import SkipNet, _Norm, initialise
 
 SMALL = (4, 6, 8)
 
@@ -183,6 +183,17 @@ def test_images_of_a_batch_share_their_statistics():
     net = _noticed(_net())
     images = torch.rand(2, 3, 20, 20)
     assert not torch.allclose(net(images)[0], net(images[:1])[0], atol=1e-4)
+
+
+def test_one_image_is_normed_as_a_batch_of_one():
+    x = torch.randn(1, 6, 20, 31, dtype=torch.float64) * 3 + 1
+    norm = _Norm(6).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    expected = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm(x[:, 2:], slice(2, None)), expected[:, 2:])
+    torch.testing.assert_close(norm(torch.cat([x, x])), torch.cat([expected, expected]))
 
 
 @pytest.mark.usefixtures("as_a_user")

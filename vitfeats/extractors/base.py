@@ -42,7 +42,11 @@ class Extractor(ABC):
         preprocess: How images become its input; knows size and stride.
         device: Where it runs.
         autocast: The type of automatic mixed precision, or None for full precision.
+        frugal: Set True to leave out work inside of a layer too, where no tap needs it. What is read is the same but
+            for rounding: a tap then need not have the same bits alone and beside others, which it has without.
     """
+
+    frugal = False
 
     def __init__(self, model: nn.Module, card: ModelCard, preprocess: Preprocess, dtype: str | torch.dtype) -> None:
         """Take a network that is already on its device."""

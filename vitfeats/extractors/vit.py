@@ -21,6 +21,7 @@ from vitfeats.taps import FACETS, QueryKey, Reading, Site, Tap
 
 Rope = Literal["pre", "post"]
 
+_BEHIND_ATTENTION: tuple[Site, ...] = ("block", "attention_output")
 _PROJECTIONS = ("query", "key", "value")  # in the order of a fused projection, and of an attention call
 
 
@@ -37,6 +38,8 @@ class Anatomy:
             and keys are read where they enter their norms, values where they enter the attention.
         query_norm, key_norm: Modules that normalise queries and keys, (batch, heads, n, d) in and out, or identities
             that stand in their place; or None.
+        mlp_norm: The second norm of a block that is ``x + attention(norm(x))``, then ``x + mlp(mlp_norm(x))``; None for
+            blocks of other builds.
         final_norm: The norm after the last block, or None.
         patch_projection: The strided convolution that makes the patch tokens.
         patch_input_positions: A module that derives rotary positions from the *image's* size, or None.
@@ -56,6 +59,7 @@ class Anatomy:
     value: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    mlp_norm: str | None = None
     final_norm: str | None = None
     patch_projection: str = "patch_embed.proj"
     patch_input_positions: str | None = None
@@ -161,7 +165,7 @@ class ViTExtractor(Extractor):
             place: Probe(place[0], reader(members), place[1])  # type: ignore[arg-type] - `where` is one of its literals
             for place, members in by_place.items()
         }
-        values = self._capture(root, batch, probes)
+        values = self._capture(root, batch, probes, self._block_for_cls(taps) if self.frugal else None)
         return {tap: reading for found in values.values() for tap, reading in found.items()}
 
     def attention(self, images: Images, layer: int) -> Float[Tensor, "batch heads n n"]:
@@ -176,16 +180,30 @@ class ViTExtractor(Extractor):
         matrix, _ = self.run(images, work)
         return matrix
 
-    def _capture(self, root: nn.Module, batch: Prepared, probes: Mapping[Any, Probe]) -> dict[Any, Any]:
+    def _capture(
+        self, root: nn.Module, batch: Prepared, probes: Mapping[Any, Probe], for_cls: int | None = None
+    ) -> dict[Any, Any]:
         self._check_size(root, batch)
         entry, arguments = self.anatomy.entry, dict(self.anatomy.arguments)
+        substitutes, attend = self._substitutes(batch.grid), {}
+        if for_cls is not None and self.anatomy.mlp_norm is not None:
+            # CLS alone attends and is added to; the sum with the other tokens, which nobody reads, stays as it was.
+            substitutes.append(Substitute(self.anatomy.mlp_norm.format(for_cls), lambda tokens: (tokens[:, :1],)))
+            attend[self.anatomy.attention.format(for_cls)] = _attend_for_first
         return capture(
             self.model,
             probes,
             lambda model: getattr(model, entry)(batch.pixels, **arguments),
             handlers=self._handlers(batch.grid),
-            substitutes=self._substitutes(batch.grid),
+            attend=attend,
+            substitutes=substitutes,
         )
+
+    def _block_for_cls(self, taps: Sequence[Tap]) -> int | None:
+        """Return the deepest block that is read, if ``cls`` is all that is read behind its projections."""
+        last = max(tap.layer for tap in taps if isinstance(tap.layer, int))
+        behind = {tap.facet for tap in taps if tap.layer == last and FACETS[tap.facet].site in _BEHIND_ATTENTION}
+        return last if behind == {"cls"} else None
 
     # Where a facet is read --------------------------------------------------------------------------------------
 
@@ -330,6 +348,8 @@ _TIMM_ATTENTION = {
     ("timm.models.vision_transformer_relpos", "RelPosAttention"),
 }
 
+_TIMM_PRE_NORM = {("timm.models.vision_transformer", "Block"), ("timm.models.eva", "EvaBlock")}
+
 
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a timm or transformers vision transformer by its structure.
@@ -354,9 +374,9 @@ def is_timm_transformer(model: nn.Module) -> bool:
 def _timm_anatomy(model: nn.Module) -> Anatomy:
     blocks: Any = model.blocks
     attention = getattr(blocks[0], "attn", None)
-    for kind in {type(getattr(block, "attn", None)) for block in blocks}:
-        if kind.__module__.startswith("timm.") and (kind.__module__, kind.__name__) not in _TIMM_ATTENTION:
-            raise _unknown_build(model, f"its blocks attend in a way of their own ({kind.__name__})")
+    for kind in {_name(getattr(block, "attn", None)) for block in blocks}:
+        if kind[0].startswith("timm.") and kind not in _TIMM_ATTENTION:
+            raise _unknown_build(model, f"its blocks attend in a way of their own ({kind[1]})")
     if not any(isinstance(getattr(attention, name, None), nn.Module) for name in ("qkv", "k_proj")):
         raise _unknown_build(model, "its blocks have no `attn.qkv` and no `attn.k_proj`")
 
@@ -375,6 +395,7 @@ def _timm_anatomy(model: nn.Module) -> Anatomy:
         value=path("v_proj"),
         query_norm=path("q_norm"),
         key_norm=path("k_norm"),
+        mlp_norm="blocks.{}.norm2" if all(_name(block) in _TIMM_PRE_NORM for block in blocks) else None,
         final_norm="norm" if isinstance(getattr(model, "norm", None), nn.Module) else None,
         patch_projection="patch_embed.proj" if hasattr(model, "patch_embed") else "embeds.proj",
         rotary=any(name.startswith(("rope", "rotary")) for name, _ in model.named_children()),
@@ -412,6 +433,10 @@ def _transformers_anatomy(model: nn.Module) -> Anatomy:
         rotary=rotary is not None,
         arguments={"interpolate_pos_encoding": True} if takes_flag else {},
     )
+
+
+def _name(module: object) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
 
 
 def _unknown_build(model: nn.Module, why: str) -> ConfigError:
@@ -466,3 +491,12 @@ def _query_key(seen: tuple[tuple[Any, ...], dict[str, Any]]) -> QueryKey:
     scale = kwargs.get("scale")
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     return QueryKey(query, key, query.shape[-1] ** -0.5 if scale is None else float(scale), mask)
+
+
+def _attend_for_first(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Attend for the first token alone; the others get what it got, which nobody may read."""
+    if len(args) > 3 or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+        return func(*args, **kwargs)
+    query, key, value = (_argument((args, kwargs), position) for position in range(3))
+    more = {name: given for name, given in kwargs.items() if name not in _PROJECTIONS}
+    return func(query[:, :, :1], key, value, **more).expand(-1, -1, query.shape[2], -1)

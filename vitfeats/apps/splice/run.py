@@ -1,9 +1,6 @@
 """The whole run: the loop around :class:`Splicer`, its folder, and what it leaves behind."""
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ from vitfeats.api import load_extractor
 from vitfeats.apps.splice.splicer import Splicer
 from vitfeats.apps.splice.terms import Term
 from vitfeats.configs import SpliceConfig
-from vitfeats.errors import ConfigError
 from vitfeats.extractors.base import Extractor
 from vitfeats.preprocess import ImageLike, to_pil
-from vitfeats.runs import Callback, RunFolder, deferred_interrupt
+from vitfeats.runs import Callback, RunFolder, begin, interruption, take_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,87 +127,35 @@ def splice(
         structure, appearance, extractor=extractor, config=config, seed=seed, terms=terms, generator=generator
     )
     folder = None if out is None else RunFolder(out)
-    history = [] if folder is None else _begin(splicer, folder, resume)
-    return _run(splicer, history, folder, callback, progress)
+    history = begin(splicer, folder, resume)
 
+    def after(losses: Mapping[str, float]) -> str | None:
+        if folder is not None and splicer.config.snapshot_every and splicer.done % splicer.config.snapshot_every == 0:
+            folder.write_image(f"step_{splicer.done:06}.png", to_pil(splicer.render()))
+        if callback is not None and callback(splicer.done - 1, losses, splicer.render):
+            return "callback"
+        return "plateau" if _is_flat(history, splicer.config.patience) else None
 
-def _begin(splicer: Splicer, folder: RunFolder, resume: bool) -> list[dict[str, Any]]:
-    """Take up the checkpoint of a folder, or begin a new run there; return the history so far."""
-    if folder.has_checkpoint and not resume:
-        raise ConfigError(
-            f"expected a folder without a run, but '{folder.path}' has a checkpoint; resume it (resume=True, --resume) "
-            "or use another folder"
-        )
-    if folder.has_checkpoint:
-        splicer.load_state_dict(folder.read_checkpoint())
-    history = folder.read_history(splicer.done)
-    folder.write_history(history)  # without what was written after the checkpoint
-    folder.write_config(splicer.config)
-    return history
-
-
-def _run(
-    splicer: Splicer, history: list[dict[str, Any]], folder: RunFolder | None, callback: Callback | None, progress: bool
-) -> SpliceResult:
-    from tqdm import tqdm
-
-    config, stopped, whole = splicer.config, "done", True
-    with ExitStack() as stack:
-        interrupt = stack.enter_context(deferred_interrupt())
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=splicer.done, unit="step", file=sys.stderr, disable=not progress)
-        )
-        try:
-            while splicer.done < config.steps and stopped == "done":
-                whole = False
-                try:
-                    losses = splicer.step()
-                    whole = True
-                    bar.update()
-                    shown = ("loss", "appearance", "structure", "identity")  # all of them would not fit into a line
-                    bar.set_postfix({name: f"{losses[name]:.3g}" for name in shown if name in losses})
-                    history.append({"step": splicer.done - 1, **losses})
-                    _write(splicer, history[-1], folder)
-                    if callback is not None and callback(splicer.done - 1, losses, splicer.render):
-                        stopped = "callback"
-                    elif _is_flat(history, config.patience):
-                        stopped = "plateau"
-                except FloatingPointError as error:
-                    stopped = "not finite"
-                    told = f"the run stopped: {error}; the picture is the last good one"
-                    warnings.warn(told, RuntimeWarning, stacklevel=3)
-                except KeyboardInterrupt:  # raised by the callback, or a second Ctrl-C
-                    interrupt.asked = True
-                if interrupt.asked and stopped == "done":
-                    stopped = "interrupted"
-        except Exception:  # of a callback, or of memory that ran out: an error leaves whole weights behind
-            if folder is not None:
-                folder.write_checkpoint(splicer.state_dict())
-            raise
-        # First, before anything else can fail. Not after a second Ctrl-C in the middle of a step, nor with weights that
-        # gave no finite loss: the checkpoint before is then the one to go on from.
-        if folder is not None and whole:
-            folder.write_checkpoint(splicer.state_dict())
-        made = SpliceResult(splicer.render(), history, config, splicer.seed, stopped)
+    def finish(stopped: str) -> SpliceResult:
+        made = SpliceResult(splicer.render(), history, splicer.config, splicer.seed, stopped)
         if folder is not None:
             made.save(folder.path)
-    if stopped == "interrupted":
-        kept = folder is not None and folder.has_checkpoint
-        where = "" if folder is None else str(folder.path)
-        how = f"resume it (resume=True, --resume) in '{where}'" if kept else "nothing was written: pass out="
-        raise SpliceInterrupted(f"interrupted after {splicer.done} steps; {how}", made)
+        return made
+
+    made = take_steps(
+        splicer,
+        splicer.config.steps,
+        history,
+        folder,
+        checkpoint_every=splicer.config.checkpoint_every,
+        after=after,
+        finish=finish,
+        shown=("loss", "appearance", "structure", "identity"),  # all of them would not fit into a line
+        progress=progress,
+    )
+    if made.stopped == "interrupted":
+        raise SpliceInterrupted(interruption(splicer.done, folder), made)
     return made
-
-
-def _write(splicer: Splicer, record: Mapping[str, Any], folder: RunFolder | None) -> None:
-    if folder is None:
-        return
-    config, done = splicer.config, splicer.done
-    folder.append(record)
-    if config.checkpoint_every and done % config.checkpoint_every == 0:
-        folder.write_checkpoint(splicer.state_dict())
-    if config.snapshot_every and done % config.snapshot_every == 0:
-        folder.write_image(f"step_{done:06}.png", to_pil(splicer.render()))
 
 
 def _is_flat(history: Sequence[Mapping[str, Any]], patience: int) -> bool:

@@ -285,6 +285,7 @@ class Splicer:
         size = (int(images.shape[-2]), int(images.shape[-1]))
         if size not in self._sized:
             self._sized[size] = self.extractor.resized(size=size)
+            self._sized[size].frugal = True
         return self._sized[size](images, list(dict.fromkeys(taps)))
 
     def _weight(self, term: Term) -> float:
