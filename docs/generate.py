@@ -66,7 +66,7 @@ def _cells(card: ModelCard) -> tuple[str, ...]:
 
 
 def _origin(family: str, cards: Sequence[ModelCard]) -> str:
-    sources = ", ".join(f"`{card.source}`" for card in cards)
+    sources = ", ".join(dict.fromkeys(f"`{card.source}`" for card in cards))
     papers = "; ".join(dict.fromkeys(card.paper for card in cards if card.paper))
     return f"- **{family}**: {papers + ': ' if papers else ''}{sources}"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import vitfeats as vf
 from vitfeats.apps.evaluation import WarpedImages
-from vitfeats.preprocess import to_pil
 
 TAP = "token@8"
 
@@ -36,7 +35,7 @@ def main(out: Path = Path("carry_points.png")) -> Path:
     index_a = a.grid.index_of(a.frames[0].to_network(pair.points_a))
     index_b = b.grid.index_of(b.frames[0].to_network(carried))
     shown = vf.Matches(pair.points_a, carried, carried.new_ones(len(carried)), index_a, index_b)
-    vf.plot.matches(to_pil(pair.image_a), to_pil(pair.image_b), shown, most=30).save(out)
+    vf.plot.matches(pair.image_a, pair.image_b, shown, most=30).save(out)
     print(f"wrote {out}: 30 of {len(shown)} points, {best}")
     return out
 

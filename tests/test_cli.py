@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import diffusions
 import numpy as np
 import pytest
 import torch
@@ -247,6 +248,146 @@ def test_a_point_outside_the_image(capsys, tmp_path, images):
     code, _, err = run(capsys, "similarity", *images, "--point", "149", "149", "--out", tmp_path / "p.png", *SMALL)
     assert code == 1
     assert "ShapeError: expected points (x, y) inside the image of 150×100 pixels, got [149.0, 149.0]" in err
+
+
+# diffusion ------------------------------------------------------------------------------------------------------------
+
+NETWORK = "size: 16\nchannels: [16, 16]\nblocks: 1\nattention: [1]\nbatch: 2\nwarmup: 1\nvalidate_every: 1\n"
+AGGREGATION = "dim: 16\ngroups: 2\nvalidate_every: 1\n"
+CHAIN = "steps: 4\nkeep: 2\n"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a few smooth pictures, and the settings of quick runs beside it."""
+    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    for number, name in enumerate(("a", "b", "more/c", "more/d")):
+        coarse = np.random.default_rng(number).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((24, 20), Image.Resampling.BICUBIC).save(tmp_path / "pictures" / f"{name}.png")
+    for name, text in (("network", NETWORK), ("aggregation", AGGREGATION), ("chain", CHAIN)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "held_out.txt").write_text("more/d\n")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A folder with a tiny diffusion model that was never trained."""
+    folder = tmp_path_factory.mktemp("network")
+    diffusions.ddpm(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_diffusion_model_is_trained_resumed_and_read(capsys, tmp_path, pictures):
+    out, held_out = tmp_path / "run", ("--held-out", tmp_path / "held_out.txt")
+    settings = ("train-diffusion", pictures, "--out", out, "--config", tmp_path / "network.yaml", *held_out)
+    code, said, _ = run(capsys, *settings, "--steps", 2)
+    assert code == 0
+    told = (out / "history.jsonl").read_text().splitlines()
+    loss = json.loads(told[1])["held_out"]
+    assert said == f"{out / 'model'}: 2 steps over 3 pictures, done; held-out loss {loss:.4f}\n"
+    code, said, _ = run(capsys, *settings, "--steps", 2, "--resume", "--json")
+    assert code == 0
+    facts = json.loads(said)
+    assert facts.pop("loss") == json.loads(told[1])["loss"]
+    model = str(out / "model")
+    assert facts == {"out": model, "pictures": 3, "steps": 2, "stopped": "done", "held_out": loss}
+    code, said, _ = run(
+        capsys, "extract", pictures / "a.png", "--model", model, "--device", "cpu", "--out", tmp_path / "e", "--json"
+    )
+    assert code == 0
+    assert len(json.loads(said)["written"]) == 1
+    code, _, err = run(capsys, *settings, "--steps", 3, "--resume")
+    assert code == 1
+    assert "these differ: steps: 2 there, 3 here" in err
+
+
+def test_hyperfeatures_are_trained_resumed_and_written(capsys, tmp_path, pictures, network):
+    out, options = tmp_path / "run", ("--size", 16, "--device", "cpu")
+    settings = [
+        *("train-hyperfeatures", pictures, "--out", out, "--config", tmp_path / "aggregation.yaml"),
+        *("--diffusion", tmp_path / "chain.yaml", "--held-out", tmp_path / "held_out.txt", "--steps", 2),
+        *("--model", network, *options),
+    ]
+    code, said, _ = run(capsys, *settings)
+    assert code == 0
+    last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
+    assert said == f"{out / 'aggregation.pt'}: 2 steps over 3 pairs, done; held-out PCK@0.1 {last['pck']:.3f}\n"
+    code, said, _ = run(capsys, *settings, "--resume", "--json")
+    assert code == 0
+    facts = json.loads(said)
+    assert (facts["pairs"], facts["steps"], facts["stopped"]) == (3, 2, "done")
+    assert (facts["out"], facts["loss"], facts["pck"]) == (str(out / "aggregation.pt"), last["loss"], last["pck"])
+    assert torch.load(out / "aggregation.pt", weights_only=True)["config"]["save_timestep"] == [3, 0]
+
+    both = [pictures / "a.png", pictures / "b.png"]
+    reads = ("--model", f"hyperfeatures:{network}", "--checkpoint", out / "aggregation.pt", *options)
+    code, said, _ = run(capsys, "hyperfeatures", *both, "--out", tmp_path / "maps", *reads)
+    assert code == 0
+    a, b = (Descriptor.load(tmp_path / "maps" / f"{name}.png.safetensors") for name in "ab")
+    assert (a.dim, str(a.tap), a.grid.tokens) == (16, "out@hyperfeatures", b.grid.tokens)
+    found = len(vf.match_mutual(a, b))
+    assert said == f"2 files and pca.png in {tmp_path / 'maps'}\nmatches.png: {found} mutual matches\n"
+    for name in ("pca.png", "matches.png"):
+        is_picture(tmp_path / "maps" / name)
+    code, said, _ = run(capsys, "hyperfeatures", both[0], "--out", tmp_path / "one", "--seed", 1, "--json", *reads)
+    assert code == 0
+    assert set(json.loads(said)) == {"model", "written", "pca"}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.png.safetensors", "pca.png"}
+
+
+def test_hyperfeatures_are_trained_on_annotated_pairs(capsys, tmp_path, pictures, network):
+    points = {"source_points": [[3, 4], [12, 10]], "target_points": [[5, 6], [13, 9]]}
+    names = [("a.png", "b.png"), ("b.png", "more/c.png"), ("more/d.png", "a.png")]
+    records = [{"source_path": source, "target_path": target, **points} for source, target in names]
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    settings = [
+        *("train-hyperfeatures", pictures, "--pairs", tmp_path / "pairs.json", "--steps", 1, "--json"),
+        *("--diffusion", tmp_path / "chain.yaml", "--config", tmp_path / "aggregation.yaml"),
+        *("--model", network, "--size", 16, "--device", "cpu"),
+    ]
+    code, said, _ = run(capsys, *settings, "--out", tmp_path / "all")
+    assert (code, json.loads(said)["pairs"], json.loads(said)["pck"]) == (0, 3, None)
+    held_out = ("--held-out", tmp_path / "held_out.txt")
+    code, said, _ = run(capsys, *settings, "--out", tmp_path / "some", *held_out)  # the third pair shows one of them
+    assert (code, json.loads(said)["pairs"]) == (0, 2)
+    assert 0 <= json.loads(said)["pck"] <= 1
+    (tmp_path / "held_out.txt").write_text("a\nb\n")
+    code, _, err = run(capsys, *settings, "--out", tmp_path / "none", *held_out)
+    assert code == 1
+    assert "ConfigError: expected pairs without held-out pictures in" in err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "mini"], "ConfigError: expected settings that mini knows, got diffusion=DiffusionConfig(mode='in"),
+        (["--config", "chain.yaml"], "ConfigError: expected settings of TrainHyperfeaturesConfig in"),
+        (["--pairs", "missing.json"], "StoreError: expected a list of pairs in JSON at"),
+        (["--held-out", "missing.txt"], "StoreError: expected a list of names, one a line, at"),
+        (["--steps", "0"], "ConfigError: expected steps of at least 1, got 0"),
+    ],
+)
+def test_what_hyperfeatures_cannot_be_trained_with(capsys, tmp_path, pictures, network, arguments, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = arguments if "--model" in arguments else [*arguments, "--model", network]
+    code, _, err = run(capsys, "train-hyperfeatures", pictures, *given, "--size", 16, "--device", "cpu")
+    assert code == 1
+    assert told in err
+    assert not (tmp_path / "aggregation").exists()
+
+
+def test_hyperfeatures_of_another_model_are_refused(capsys, tmp_path, images):
+    code, _, err = run(capsys, "hyperfeatures", *images, "--model", "mini", "--out", tmp_path / "out")
+    assert code == 1
+    assert "ConfigError: expected a model of hyperfeatures, got 'mini'; for example hyperfeatures:sd15" in err
+    assert not (tmp_path / "out").exists()
 
 
 # models ---------------------------------------------------------------------------------------------------------------

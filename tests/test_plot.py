@@ -145,6 +145,7 @@ plot.pca(image, d)
 plot.matches(image, image, match_nearest(d, d))
 plot.similarity(image, [(3.0, 4.0)], image, torch.rand(1, 2, 3))
 plot.saliency(image, make("attention@1"))
+plot.mixing(torch.rand(2, 3), ["a", "b", "c"], [1, 0])
 print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -185,3 +186,30 @@ def test_losses_that_a_logarithm_does_not_take_are_gaps():
 def test_no_losses_are_refused():
     with pytest.raises(ShapeError, match="expected a history of at least one step, got none"):
         plot.losses([])
+
+
+def test_the_mixing_has_a_cell_for_each_step_and_layer():
+    layers, steps = ("up0.res0", "mid", "up1"), (9, 5, 0, 1)
+    weights = torch.full((4, 3), 1 / 12)
+    even = plot.mixing(weights, layers, steps)
+    check(even)
+    assert even.size == (round(130 * (3.0 + 0.4 * 4)), round(130 * (1.2 + 0.3 * 3)))
+    pictures = {even.tobytes()}
+    for place in range(12):  # each weight is seen in a cell of its own
+        one = weights.clone()
+        one.view(-1)[place] = 0.5
+        pictures.add(plot.mixing(one.requires_grad_(), layers, steps).tobytes())
+    assert len(pictures) == 13
+    assert plot.mixing(weights, layers, (9, 5, 0, 2)).tobytes() not in pictures
+    wide = plot.mixing(torch.rand(11, 12), [f"layer {n}" for n in range(12)], range(11))
+    assert wide.width > even.width
+    assert wide.height > even.height
+    check(plot.mixing(torch.ones(1, 1), ["one"], [0]))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 0), (12,)])
+@pytest.mark.usefixtures("as_a_user")
+def test_a_mixing_whose_names_do_not_agree_is_refused(shape):
+    layers, steps = (("a", "b", "c"), (9, 5, 0, 1)) if 0 not in shape else ((), ())
+    with pytest.raises(ShapeError, match=r"expected weights of at least one step and layer, .* got shape"):
+        plot.mixing(torch.zeros(shape), layers, steps)

@@ -262,9 +262,9 @@ def test_every_check_has_a_saboteur():
 
 def test_missing_facets_have_their_reason():
     report = testing.conformance(_load(ViTExtractor, build("timm-siglip")), ["shapes"])
-    assert set(report.missing) == {"cls", "attention"}
+    assert set(report.missing) == {"cls", "attention", "residual"}
     assert "it has no CLS token" in report.missing["cls"]
-    assert {outcome.tap.facet for outcome in report.outcomes} == set(FACETS) - {"cls", "attention"}
+    assert {outcome.tap.facet for outcome in report.outcomes} == set(FACETS) - {"cls", "attention", "residual"}
 
 
 def test_assert_passes_and_names_of_checks():

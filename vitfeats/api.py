@@ -16,14 +16,20 @@ import torch
 from torch import nn
 
 from vitfeats.card import ModelCard
+from vitfeats.configs import DiffusionConfig
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, UnknownModelError, nearest_names
 from vitfeats.extractors.base import Extractor
 from vitfeats.extractors.conv import ConvExtractor
+from vitfeats.extractors.diffusion import DiffusionExtractor
+from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor, HyperfeatureModel, card_for
 from vitfeats.extractors.vit import Anatomy, Rope, ViTExtractor
 from vitfeats.grid import Size, as_size
 from vitfeats.hooks import unwrapped
-from vitfeats.models import bundled, conv, libraries, vit
+from vitfeats.models import bundled, conv, hyperfeatures, libraries, vit
+from vitfeats.models import diffusion as diffusion_models
+from vitfeats.models.weights import load_state, read_checkpoint
+from vitfeats.nets.denoiser import Denoiser
 from vitfeats.preprocess import Images, Preprocess
 from vitfeats.taps import Tap
 
@@ -54,6 +60,8 @@ class Row:
 
 
 _rows: dict[str, Row] = {card.name: Row(card, module.load) for module in (bundled, vit, conv) for card in module.CARDS}
+_rows |= {card.name: Row(card, diffusion_models.load, diffusion_models.kind(card)) for card in diffusion_models.CARDS}
+_rows |= {card.name: Row(card, hyperfeatures.load, HyperfeatureExtractor) for card in hyperfeatures.CARDS}
 _failed: dict[str, str] = {}
 _settled: set[tuple[str, str]] = set()  # the entry points that were loaded, or failed
 _sought: list[bool] = []  # whether plug-ins were looked for already
@@ -67,7 +75,7 @@ _CACHED = 4  # extractors that `extract` keeps: enough for a comparison, little 
 
 
 def load_extractor(
-    model: str | os.PathLike[str] | nn.Module | None = None,
+    model: Any = None,
     *,
     size: int | Size | None = None,
     stride: int | None = None,
@@ -79,13 +87,14 @@ def load_extractor(
     checkpoint: str | os.PathLike[str] | None = None,
     card: ModelCard | None = None,
     anatomy: Anatomy | None = None,
+    diffusion: DiffusionConfig | None = None,
 ) -> Extractor:
     """Load a model and return the extractor that reads it.
 
     Args:
-        model: A name of :func:`list_models`; ``timm:NAME``; ``hf:ORG/NAME``; a local folder; or your own module, which
-            is used as it is, where it is. None is the default model: ``mini``, unless :func:`set_default_model` or the
-            environment variable ``VITFEATS_MODEL`` says otherwise.
+        model: A name of :func:`list_models`; ``timm:NAME``; ``hf:ORG/NAME``; ``diffusers:ORG/NAME``; a local folder;
+            or your own module or diffusers pipeline, which is used as it is, where it is. None is the default model:
+            ``mini``, unless :func:`set_default_model` or the environment variable ``VITFEATS_MODEL`` says otherwise.
         size: Shorter side of the network's input in pixels (the aspect is kept), or (height, width); each side is
             snapped to the nearest patch multiple. None is the card's default.
         stride: Step between tokens in pixels; must divide the patch. None is the patch: no overlap.
@@ -98,6 +107,7 @@ def load_extractor(
             read without running code.
         card: What is known of your own module; needed where it is not built by timm or transformers.
         anatomy: Where its parts are; needed where they have other names.
+        diffusion: How a diffusion model reads pictures: by noise, as they are, or by inversion.
 
     Raises:
         UnknownModelError: If there is no model of that name; the message has the nearest names.
@@ -110,6 +120,8 @@ def load_extractor(
         >>> vf.load_extractor("mini", size=112, device="cpu")
         ViTExtractor(mini: size 112, stride 16, float32 on cpu)
     """
+    if diffusion_models.is_pipeline(model):
+        model = diffusion_models.denoiser(model)
     if not (card is None and anatomy is None) and not isinstance(model, nn.Module):
         raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
     network, found, kind = _network(default_model() if model is None else model, checkpoint, card)
@@ -125,6 +137,7 @@ def load_extractor(
     )
     make: Kind = kind or (ConvExtractor if found.layers else ViTExtractor)
     given = {"anatomy": (anatomy, None), "norm": (norm, False), "norm_qk": (norm_qk, False), "rope": (rope, "pre")}
+    given |= {"diffusion": (diffusion, None)}
     settings = {name: value for name, (value, usual) in given.items() if value != usual}
     known = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
@@ -245,6 +258,13 @@ def _network(
     if isinstance(model, nn.Module):
         if file is not None:
             raise ConfigError("expected checkpoint= with a model's name, got it with a module; load it into the module")
+        if diffusion_models.is_unet(unwrapped(model)) or isinstance(model, Denoiser):
+            network = diffusion_models.denoiser(unwrapped(model))
+            name = type(network.unet).__name__
+            return network, card or diffusion_models.card_of(network, name), DiffusionExtractor
+        if isinstance(model, HyperfeatureModel):
+            base = diffusion_models.card_of(model.denoiser, type(model.denoiser.unet).__name__)
+            return model, card or card_for(base, model.aggregation.dim), HyperfeatureExtractor
         found = libraries.card_of(model, type(unwrapped(model)).__name__) if card is None else card
         return model, found, None
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -255,6 +275,12 @@ def _network(
     # Before folders: one that happens to be called "mini" must not stand in its way.
     if model in _rows or (not is_path and _is_listed(model)):
         return _built(_rows[model], file)
+    if prefix == "hyperfeatures" and rest:
+        return _hyperfeatures(rest, file)
+    if prefix == "diffusers" and rest:
+        return _diffusers(rest, model, file)
+    if os.path.isdir(model) and diffusion_models.kind_of_folder(model) is not None:
+        return _diffusers(model, model, file)
     if os.path.isdir(model):
         return *libraries.load_folder(model, file), None
     if prefix == "timm" and rest:
@@ -264,6 +290,26 @@ def _network(
     if _is_listed(model):
         return _built(_rows[model], file)
     raise _unknown(model)
+
+
+def _diffusers(source: str, name: str, checkpoint: str | None) -> tuple[nn.Module, ModelCard, Kind | None]:
+    network = diffusion_models.load_repository(source, name)
+    if checkpoint is not None:
+        load_state(network.unet, read_checkpoint(checkpoint), checkpoint)
+    return network, diffusion_models.card_of(network, name), DiffusionExtractor
+
+
+def _hyperfeatures(rest: str, file: str | None) -> tuple[nn.Module, ModelCard, Kind | None]:
+    network, card, _ = _network(rest, None, None)
+    if not isinstance(network, Denoiser):
+        raise ConfigError(f"expected a diffusion model behind 'hyperfeatures:', got '{rest}'")
+    if file is None:
+        known = ", ".join(card.name for card in hyperfeatures.CARDS)
+        raise ConfigError(
+            f"expected checkpoint= with an aggregation network for '{rest}', got none; there are ones for {known}"
+        )
+    model = hyperfeatures.combined(network, file)
+    return model, card_for(card, model.aggregation.dim), HyperfeatureExtractor
 
 
 def _built(row: Row, checkpoint: str | None) -> tuple[nn.Module, ModelCard, Kind | None]:
@@ -334,13 +380,13 @@ def _add_rows(offered: Any, key: tuple[str, str]) -> None:
 def _unknown(name: str) -> UnknownModelError:
     failed = f" Plug-ins that could not be loaded: {', '.join(_failed)}." if _failed else ""
     return UnknownModelError(
-        f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME' or a folder, got {name!r}. "
+        f"expected a model's name, 'timm:NAME', 'hf:ORG/NAME', 'diffusers:ORG/NAME' or a folder, got {name!r}. "
         f"{nearest_names(str(name), _rows)}{failed}"
     )
 
 
 def _has_prefix(name: str) -> bool:
-    return str(name).startswith(("timm:", "hf:")) or os.path.isdir(name)
+    return str(name).startswith(("timm:", "hf:", "diffusers:", "hyperfeatures:")) or os.path.isdir(name)
 
 
 def _cached(settings: dict[str, Any]) -> Extractor:

@@ -1,4 +1,4 @@
-"""The command line: ``vitfeats extract | pca | similarity | match | splice | invert | models``.
+"""The command line: runs what :mod:`vitfeats.commands` describes, and says how it went.
 
 Exit code 0: done; 1: something could not be done, said on standard error; 2: the command was not understood.
 Results go to standard output, progress to standard error. Nothing heavy is imported before a command runs.
@@ -8,204 +8,46 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.configs import ExtractorConfig, InvertConfig, Preset, SpliceConfig, read_config
+from vitfeats.commands import (
+    Command,
+    Extract,
+    Hyperfeatures,
+    Invert,
+    Match,
+    Models,
+    Pca,
+    Similarity,
+    Splice,
+    TrainDiffusion,
+    TrainHyperfeatures,
+)
+from vitfeats.configs import (
+    DiffusionConfig,
+    ExtractorConfig,
+    InvertConfig,
+    SpliceConfig,
+    TrainDiffusionConfig,
+    TrainHyperfeaturesConfig,
+    read_config,
+)
 from vitfeats.errors import ConfigError, ImageError, VitFeatsError
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from vitfeats.apps.evaluation import Pair
     from vitfeats.extractors.base import Extractor
 
 C = TypeVar("C")
 
+JUDGED = 50  # held-out pictures that a training of hyperfeatures looks at
 PICTURE_SIZE = 448  # shorter side for pictures: enough tokens to see something, seconds on a CPU
-
-
-@dataclass(frozen=True)
-class Extract:
-    """Write the descriptors of images to safetensors files, one for each image and tap.
-
-    Attributes:
-        images: Image files of any sizes.
-        out: Folder for the files IMAGE.FACET@LAYER.safetensors (made if missing).
-        tap: What to read, facet@layer; several share one forward pass. Default: the model's usual tap.
-        batch_size: Images in one forward pass.
-        json: Print one JSON object instead of text.
-        options: Model, size, stride, device.
-    """
-
-    images: Positional[tuple[Path, ...]]
-    out: Path = Path("features")
-    tap: tuple[str, ...] = ()
-    batch_size: int = 8
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Pca:
-    """Paint the first three principal components of image tokens as colours, one PCA over all images.
-
-    Attributes:
-        images: Image files of any sizes.
-        sample: Use photographs that come with the installed packages: portraits, stereo, textures, cat, coffee,
-            astronaut, grace_hopper, china, flower.
-        out: Picture to write.
-        tap: What to read, facet@layer. Default: the model's usual tap.
-        foreground: Leave the background out, found from the images' borders, and paint it black.
-        json: Print one JSON object instead of text.
-        options: Model, size (default 448), stride (default half the patch), device.
-    """
-
-    images: Positional[tuple[Path, ...]] = ()
-    sample: str | None = None
-    out: Path = Path("pca.png")
-    tap: str | None = None
-    foreground: Literal["none", "border"] = "none"
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Show where a point of one image looks alike in another.
-
-    Attributes:
-        images: Two image files; one file is compared with itself.
-        sample: Use a sample instead, as for pca.
-        point: x and y in pixels of the first image, from its top-left corner. Default: its middle.
-        out: Picture to write.
-        tap: What to read, facet@layer. Default: the model's usual tap.
-        json: Print one JSON object instead of text.
-        options: Model, size (default 448), stride (default half the patch), device.
-    """
-
-    images: Positional[tuple[Path, ...]] = ()
-    sample: str | None = None
-    point: tuple[float, float] | None = None
-    out: Path = Path("similarity.png")
-    tap: str | None = None
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Match:
-    """Match the tokens of two images that are each other's nearest neighbour.
-
-    Attributes:
-        images: Two image files.
-        sample: Use a sample instead, as for pca.
-        most: How many of the matches to draw, drawn at random.
-        out: Picture to write.
-        tap: What to read, facet@layer. Default: the model's usual tap.
-        json: Print one JSON object, with every match in source pixels, instead of text.
-        options: Model, size (default 448), stride (default half the patch), device.
-    """
-
-    images: Positional[tuple[Path, ...]] = ()
-    sample: str | None = None
-    most: int = 40
-    out: Path = Path("matches.png")
-    tap: str | None = None
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Splice:
-    """Paint the structure of one image with the appearance of another: train a small generator for this pair.
-
-    Attributes:
-        images: Two image files: structure, then appearance.
-        sample: Use a sample instead, as for pca; portraits is the pair to begin with.
-        out: Folder for the result, losses, history, snapshots and checkpoints (made if missing).
-        preset: reference is the published recipe (with --model dino_vitb8); fast the default; draft a first look.
-        config: Settings in YAML; "preset: NAME" in it begins from another preset.
-        steps: Optimiser steps, in place of the settings'.
-        seed: Of first weights and crops.
-        resume: Go on from the checkpoint in the folder, if there is one.
-        tensorboard: Write losses and pictures for TensorBoard into the folder.
-        json: Print one JSON object instead of text.
-        options: Model, size and stride of what it sees (default: the settings'), device.
-    """
-
-    images: Positional[tuple[Path, ...]] = ()
-    sample: str | None = None
-    out: Path = Path("splice")
-    preset: Preset = "fast"
-    config: Path | None = None
-    steps: int | None = None
-    seed: int = 0
-    resume: bool = False
-    tensorboard: bool = False
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Invert:
-    """Find a picture that has the features of an image: what do they know of it?
-
-    Attributes:
-        images: One image file.
-        sample: Use a sample instead, as for pca; its first image.
-        out: Folder for pictures, losses and settings (made if missing).
-        tap: Which feature, facet@layer. Default: the model's usual tap.
-        layers: Invert the tap's facet at each of these layers, and draw them in a row.
-        preset: reference has the published numbers; fast is the default; draft a first look.
-        config: Settings in YAML; "preset: NAME" in it begins from another preset.
-        steps: Optimiser steps, in place of the settings'.
-        starts: Pictures to find, each from random weights of its own, in place of the settings'.
-        seed: Of first weights and noise.
-        json: Print one JSON object instead of text.
-        options: Model, device; size and stride are the settings' unless given.
-    """
-
-    images: Positional[tuple[Path, ...]] = ()
-    sample: str | None = None
-    out: Path = Path("inversion")
-    tap: str | None = None
-    layers: tuple[int, ...] = ()
-    preset: Preset = "fast"
-    config: Path | None = None
-    steps: int | None = None
-    starts: int | None = None
-    seed: int = 0
-    json: bool = False
-    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
-
-
-@dataclass(frozen=True)
-class Models:
-    """List the models by name.
-
-    Attributes:
-        pattern: Shell pattern for the names, for example 'dino*'.
-        json: Print one JSON array instead of a table.
-    """
-
-    pattern: Positional[str] = "*"
-    json: bool = False
-
-
-Command = (
-    Annotated[Extract, subcommand("extract")]
-    | Annotated[Pca, subcommand("pca")]
-    | Annotated[Similarity, subcommand("similarity")]
-    | Annotated[Match, subcommand("match")]
-    | Annotated[Splice, subcommand("splice")]
-    | Annotated[Invert, subcommand("invert")]
-    | Annotated[Models, subcommand("models")]
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Any = tyro.cli(
         Command,  # type: ignore[arg-type] - tyro takes a union of dataclasses
         prog="vitfeats",
-        description="Features out of vision models: keys, queries, values, tokens, CLS and attention.",
+        description="Features out of vision models: keys, queries, values, tokens, CLS, attention, hyperfeatures.",
         args=arguments,
     )
     try:
@@ -420,6 +262,122 @@ def _invert(command: Invert) -> int:
     return 0
 
 
+def _hyperfeatures(command: Hyperfeatures) -> int:
+    from vitfeats import plot
+    from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor
+    from vitfeats.matching import match_mutual
+
+    options = dataclasses.replace(command.options, model=command.options.model or "hyperfeatures:ddpm_mini")
+    extractor = _extractor(options)
+    if not isinstance(extractor, HyperfeatureExtractor):
+        raise ConfigError(f"expected a model of hyperfeatures, got '{options.model}'; for example hyperfeatures:sd15")
+    if command.seed:
+        extractor = extractor.reading(dataclasses.replace(extractor.diffusion, seed=command.seed))
+    images = _images(command.images, command.sample)
+    names = [path.name for path in command.images] or [f"{command.sample}_{number}" for number in range(len(images))]
+    descriptors = list(extractor.each(images))
+    _make_folder(command.out)
+    written = [str(d.save(command.out / f"{n}.safetensors")) for n, d in zip(names, descriptors, strict=True)]
+    _save_picture(plot.pca(images, descriptors), command.out / "pca.png")
+    facts: dict[str, Any] = {"model": extractor.card.name, "written": written, "pca": str(command.out / "pca.png")}
+    told = [f"{len(written)} files and pca.png in {command.out}"]
+    if len(images) == 2:
+        found = match_mutual(*descriptors)
+        _save_picture(plot.matches(images[0], images[1], found, most=command.most), command.out / "matches.png")
+        facts |= {"matches": str(command.out / "matches.png"), "mutual": len(found)}
+        told.append(f"matches.png: {len(found)} mutual matches")
+    _say(command.json, facts, "\n".join(told))
+    return 0
+
+
+def _train_diffusion(command: TrainDiffusion) -> int:
+    from vitfeats.apps.train_diffusion import train_diffusion
+    from vitfeats.pictures import read_names, read_pictures
+
+    config = TrainDiffusionConfig() if command.config is None else read_config(command.config, TrainDiffusionConfig)
+    given = {"steps": command.steps, "minutes": command.minutes}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    kept = [] if command.held_out is None else read_names(command.held_out)
+    side = round(1.25 * config.size)  # so that crops differ
+    pictures = read_pictures(command.pictures, side=side, without=kept)
+    held_out = read_pictures(command.pictures, side=side, only=kept) if kept else {}
+    result = train_diffusion(
+        list(pictures.values()),
+        config=config,
+        held_out=list(held_out.values()),
+        seed=command.seed,
+        out=command.out,
+        resume=command.resume,
+        progress=not command.json,
+        device=command.device,
+    )
+    judged = [record["held_out"] for record in result.history if "held_out" in record]
+    facts = {
+        "out": str(command.out / "model"),
+        "pictures": len(pictures),
+        "steps": result.history[-1]["step"] + 1 if result.history else 0,
+        "stopped": result.stopped,
+        "loss": result.history[-1]["loss"] if result.history else None,
+        "held_out": judged[-1] if judged else None,
+    }
+    told = f"{facts['out']}: {facts['steps']} steps over {len(pictures)} pictures, {result.stopped}"
+    _say(command.json, facts, told + (f"; held-out loss {judged[-1]:.4f}" if judged else ""))
+    return 1 if result.stopped == "not finite" else 0
+
+
+def _train_hyperfeatures(command: TrainHyperfeatures) -> int:
+    from vitfeats.apps.evaluation import WarpedImages
+    from vitfeats.apps.train_hyperfeatures import train_hyperfeatures
+    from vitfeats.pictures import read_names, read_pictures
+
+    config = TrainHyperfeaturesConfig()
+    if command.config is not None:
+        config = read_config(command.config, TrainHyperfeaturesConfig)
+    if command.steps is not None:
+        config = dataclasses.replace(config, steps=command.steps)
+    diffusion = DiffusionConfig.preset("hyperfeatures")
+    if command.diffusion is not None:
+        diffusion = read_config(command.diffusion, DiffusionConfig, base=diffusion)
+    options = dataclasses.replace(command.options, model=command.options.model or "ddpm_mini")
+    extractor = _extractor(options, diffusion=diffusion)
+    size = extractor.preprocess.size
+    side = 2 * (size if isinstance(size, int) else min(size))  # so that warps that enlarge are sharp
+    kept = [] if command.held_out is None else read_names(command.held_out)
+    pairs: Sequence[Pair]
+    if command.pairs is None:
+        pairs = WarpedImages(list(read_pictures(command.pictures, side=side, without=kept).values()), seed=command.seed)
+    else:
+        pairs = _annotated(command.pairs, command.pictures, kept)
+    validation: Sequence[Pair] = ()
+    if kept:
+        judged_by = kept if len(kept) <= JUDGED else [kept[n * len(kept) // JUDGED] for n in range(JUDGED)]
+        held_out = read_pictures(command.pictures, side=side, only=judged_by)
+        validation = WarpedImages(list(held_out.values()), seed=command.seed + 1)
+    result = train_hyperfeatures(
+        pairs,
+        model=extractor,
+        config=config,
+        validation=validation,
+        seed=command.seed,
+        out=command.out,
+        resume=command.resume,
+        progress=not command.json,
+    )
+    judged = [record["pck"] for record in result.history if "pck" in record]
+    facts = {
+        "model": extractor.card.name,
+        "out": str(command.out / "aggregation.pt"),
+        "pairs": len(pairs),
+        "steps": result.history[-1]["step"] + 1 if result.history else 0,
+        "stopped": result.stopped,
+        "loss": result.history[-1]["loss"] if result.history else None,
+        "pck": judged[-1] if judged else None,
+    }
+    told = f"{facts['out']}: {facts['steps']} steps over {len(pairs)} pairs, {result.stopped}"
+    _say(command.json, facts, told + (f"; held-out PCK@0.1 {judged[-1]:.3f}" if judged else ""))
+    return 1 if result.stopped == "not finite" else 0
+
+
 def _models(command: Models) -> int:
     import warnings
 
@@ -448,6 +406,9 @@ _RUN: dict[type, Any] = {
     Match: _match,
     Splice: _splice,
     Invert: _invert,
+    Hyperfeatures: _hyperfeatures,
+    TrainDiffusion: _train_diffusion,
+    TrainHyperfeatures: _train_hyperfeatures,
     Models: _models,
 }
 
@@ -459,10 +420,10 @@ def _settings(command: Any, kind: type[C], **changes: Any) -> C:
     return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
 
 
-def _extractor(options: ExtractorConfig) -> "Extractor":
+def _extractor(options: ExtractorConfig, **others: Any) -> "Extractor":
     from vitfeats.api import load_extractor
 
-    return load_extractor(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
+    return load_extractor(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}, **others)
 
 
 def _picture_extractor(options: ExtractorConfig) -> "Extractor":
@@ -472,6 +433,18 @@ def _picture_extractor(options: ExtractorConfig) -> "Extractor":
     finer = patch // 2 if patch % 2 == 0 and extractor.overlaps else patch
     size = PICTURE_SIZE if isinstance(usual, int) else usual  # some models take one size only
     return extractor.resized(size=options.size or size, stride=options.stride or finer)
+
+
+def _annotated(file: Path, folder: Path, without: Sequence[str]) -> "list[Pair]":
+    """Return the pairs of a list that show none of the pictures of these names."""
+    from vitfeats.apps.evaluation import read_pairs
+
+    left_out = {folder / name for name in without}
+    read = read_pairs(file, folder)
+    pairs = [p for p in read if not left_out & {Path(str(i)).with_suffix("") for i in (p.image_a, p.image_b)}]
+    if not pairs:
+        raise ConfigError(f"expected pairs without held-out pictures in '{file}', got {len(read)} with them")
+    return pairs
 
 
 def _images(paths: tuple[Path, ...], sample: str | None) -> "list[Image.Image]":

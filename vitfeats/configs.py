@@ -14,6 +14,7 @@ from vitfeats.errors import ConfigError, nearest_names
 C = TypeVar("C")
 
 Preset = Literal["reference", "fast", "draft"]
+DiffusionPreset = Literal["dift", "hyperfeatures", "hyperfeatures-one-step"]
 
 
 @dataclass(frozen=True)
@@ -350,3 +351,206 @@ INVERT_PRESETS: dict[str, dict[str, Any]] = {
     "draft": {"steps": 150},
 }
 """What the presets change in the defaults of :class:`InvertConfig`."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How a diffusion model reads pictures.
+
+    Attributes:
+        mode: "noise": one pass over the picture with noise added to it, up to the level `time` (DIFT; Tang et al.,
+            NeurIPS 2023). "clean": one pass over the picture as it is, told `time` (the one-step model of Hyperfeatures
+            at -1; CleanDIFT). "inversion": a chain of passes that carries the picture to noise, deterministically,
+            whose every step can be read (Diffusion Hyperfeatures; Luo et al., NeurIPS 2023).
+        time: Level of noise, from 0 to the model's last one, usually 999; -1 is below the first.
+        ensemble: Draws of noise whose features are averaged, in mode "noise".
+        steps: Steps of the chain, for inversion and generation. Step 0 is the noisiest, the last the cleanest, in both.
+        keep: How many of the steps are read where all are asked for, evenly spread; `steps` must be a multiple of
+            `keep` less one, unless all or one are kept.
+        schedule: "hyperfeatures": the published chain, whose first inversion pass sees level -1. "model": that of
+            diffusers' DDIM schedulers with the model's own settings.
+        prompt: What the picture shows, for models that take text.
+        negative_prompt: What it does not, for guidance.
+        guidance: Strength of classifier-free guidance; None is none. The pass with the prompt is the one that is read.
+        seed: Of all noise. Each picture is given the same.
+        latent: "sample" draws latents from the autoencoder's distribution, as published; "mean" takes its middle.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    mode: Literal["noise", "clean", "inversion"] = "noise"
+    time: int = 261
+    ensemble: int = 1
+    steps: int = 50
+    keep: int = 11
+    schedule: Literal["hyperfeatures", "model"] = "hyperfeatures"
+    prompt: str = ""
+    negative_prompt: str = ""
+    guidance: float | None = None
+    seed: int = 0
+    latent: Literal["sample", "mean"] = "sample"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no model could use."""
+        _require(self, -1, "time")
+        _require(self, 1, "ensemble", "steps", "keep")
+        _require(self, 0, "seed")
+        for name, known in (
+            ("mode", ("noise", "clean", "inversion")),
+            ("schedule", ("hyperfeatures", "model")),
+            ("latent", ("sample", "mean")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"expected {name} of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if self.mode == "noise" and self.time < 0:
+            raise ConfigError(f"expected a time of at least 0 in mode 'noise', got {self.time}; -1 is for mode 'clean'")
+        if self.keep > self.steps or (1 < self.keep < self.steps and self.steps % (self.keep - 1)):
+            fitting = [n + 1 for n in range(1, self.steps) if self.steps % n == 0]
+            near = sorted(fitting, key=lambda n: abs(n - self.keep))[:3]
+            raise ConfigError(
+                f"expected keep less one to divide steps ({self.steps}), or keep=1 or {self.steps}, got "
+                f"keep={self.keep}; for example {', '.join(map(str, sorted(near)))}"
+            )
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """The steps that are read where all are asked for, from clean to noise: for 50 and 11, 49, 45, 40, … 5, 0."""
+        if self.keep in (1, self.steps):
+            return tuple(range(self.steps))[::-1] if self.keep == self.steps else (self.steps - 1,)
+        stride = self.steps // (self.keep - 1)
+        return tuple(min(number * stride, self.steps - 1) for number in reversed(range(self.keep)))
+
+    @classmethod
+    def preset(cls, name: DiffusionPreset = "dift", **changes: Any) -> "DiffusionConfig":
+        """Return settings by name, with some of them changed.
+
+        Args:
+            name: "dift": one noisy pass at level 261, the mean of 8 draws; "hyperfeatures": 50 steps of inversion, 11
+                read; "hyperfeatures-one-step": one clean pass at level -1.
+            **changes: Other values.
+
+        Raises:
+            ConfigError: If there is no such preset or setting.
+        """
+        return _preset(cls, DIFFUSION_PRESETS, name, changes)
+
+
+DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
+    "dift": {"ensemble": 8},
+    "hyperfeatures": {"mode": "inversion"},
+    "hyperfeatures-one-step": {"mode": "clean", "time": -1},
+}
+"""What the presets change in the defaults of :class:`DiffusionConfig`."""
+
+
+@dataclass(frozen=True)
+class TrainDiffusionConfig:
+    """How to train a small diffusion model on pixels (Ho et al., Denoising Diffusion Probabilistic Models, 2020).
+
+    Attributes:
+        size: Side of the pictures in pixels, a multiple of 2 to the number of channels less one.
+        channels: Of the network, from the finest scale to the coarsest, each a multiple of 16.
+        blocks: Residual blocks of a scale on the way down; one more on the way up.
+        attention: Scales, counted from the finest (0), whose blocks attend.
+        steps: Optimiser steps.
+        batch: Pictures a step.
+        lr: Largest learning rate of Adam, reached after `warmup` steps.
+        warmup: Steps in which the learning rate rises from 0.
+        schedule: "constant", or "cosine" from lr down to 0.
+        average: Decay of the running average of the weights, which is what is kept in the end.
+        crop: Smallest side of a crop, as a share of the picture's shorter side.
+        flip: Probability that a picture is mirrored.
+        noise_levels: Steps of the noise schedule.
+        betas: Noise variance added at the first and at the last of them, linear between.
+        minutes: Stop after so many minutes, to be resumed; 0 is no limit.
+        validate_every: Steps from one loss on the held-out pictures to the next; 0 never.
+        checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    size: int = 64
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    blocks: int = 2
+    attention: tuple[int, ...] = (2, 3)
+    steps: int = 4000
+    batch: int = 16
+    lr: float = 0.0008
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    average: float = 0.998
+    crop: float = 0.8
+    flip: float = 0.5
+    noise_levels: int = 1000
+    betas: tuple[float, float] = (0.0001, 0.02)
+    minutes: float = 0.0
+    validate_every: int = 250
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run could use."""
+        _require(self, 1, "size", "blocks", "steps", "batch", "noise_levels")
+        _require(self, 0, "lr", "warmup", "minutes", "validate_every", "checkpoint_every")
+        _require(self, 0, "average", "crop", "flip", most=1)
+        if not self.channels or any(c < 16 or c % 16 for c in self.channels):
+            raise ConfigError(f"expected channels that are multiples of 16, got {self.channels}")
+        coarsest = 2 ** (len(self.channels) - 1)
+        if self.size % coarsest:
+            raise ConfigError(f"expected a size that is a multiple of {coarsest} for these scales, got {self.size}")
+        if any(not 0 <= scale < len(self.channels) for scale in self.attention):
+            raise ConfigError(f"expected attention scales from 0 to {len(self.channels) - 1}, got {self.attention}")
+        if not 0 < self.betas[0] <= self.betas[1] < 1:
+            raise ConfigError(f"expected betas in 0..1, in order, got {self.betas}")
+        if self.crop == 0:
+            raise ConfigError("expected a crop above 0, got 0")
+        if self.schedule not in ("constant", "cosine"):
+            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+
+
+@dataclass(frozen=True)
+class TrainHyperfeaturesConfig:
+    """How to train an aggregation network on pairs (Luo et al., Diffusion Hyperfeatures, NeurIPS 2023).
+
+    The defaults are the published numbers, but for those that were not published: cell, validation, the cache.
+
+    Attributes:
+        steps: Optimiser steps, one pair each; each epoch takes all pairs in an order of its own.
+        lr: Learning rate of AdamW.
+        weight_decay: Of AdamW.
+        schedule: "constant", or "cosine" from lr down to 0.
+        temperature: What cosine similarities are divided by in the loss.
+        dim: Channels of the result, a multiple of 4 · groups.
+        groups: Of the group norms.
+        cell: Side of the result's cells in pixels of the network's image. Default: that of the latents (8 for Stable
+            Diffusion), 2 for models of pixels.
+        validate_every: Steps from one PCK on the validation pairs to the next; 0 never.
+        checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
+        cache_gib: GiB on disk that the maps of the diffusion model may take, where a folder is written; 0 keeps none. A
+            picture of 512 × 512 pixels takes 0.15 GiB at 11 steps of Stable Diffusion 1.5.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    steps: int = 5000
+    lr: float = 0.001
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    temperature: float = 0.07
+    dim: int = 384
+    groups: int = 32
+    cell: int | None = None
+    validate_every: int = 500
+    checkpoint_every: int = 100
+    cache_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run could use."""
+        _require(self, 1, "steps", "dim", "groups", *(["cell"] if self.cell is not None else []))
+        _require(self, 0, "lr", "weight_decay", "temperature", "validate_every", "checkpoint_every", "cache_gib")
+        if self.temperature == 0:
+            raise ConfigError("expected a temperature above 0, got 0")
+        if self.schedule not in ("constant", "cosine"):
+            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")

@@ -180,6 +180,34 @@ def losses(history: Sequence[Mapping[str, Any]]) -> Image.Image:
     return _rendered(figure)
 
 
+def mixing(weights: Float[Tensor, "steps layers"], layers: Sequence[str], steps: Sequence[int]) -> Image.Image:
+    """Draw the mixing weights of hyperfeatures as a heat map: a row a layer, a column a step.
+
+    Args:
+        weights: (steps, layers), for example :attr:`~vitfeats.nets.aggregation.AggregationNetwork.mixing`.
+        layers: A name for each layer.
+        steps: A tag for each step; they stand in the order given.
+
+    Raises:
+        ShapeError: If there is not a weight for each step and layer.
+    """
+    if tuple(weights.shape) != (len(steps), len(layers)) or not weights.numel():
+        raise ShapeError(
+            f"expected weights of at least one step and layer, ({len(steps)}, {len(layers)}) as they are named, got "
+            f"shape {tuple(weights.shape)}"
+        )
+    figure = Figure(figsize=(3.0 + 0.4 * len(steps), 1.2 + 0.3 * len(layers)), dpi=_DPI)
+    axis = figure.subplots()
+    drawn = axis.imshow(weights.detach().float().cpu().T.numpy(), cmap="viridis", vmin=0.0, aspect="auto")
+    axis.set_xticks(range(len(steps)), [str(step) for step in steps])
+    axis.set_yticks(range(len(layers)), list(layers))
+    axis.set_xlabel("step")
+    axis.set_ylabel("layer")
+    figure.colorbar(drawn, ax=axis, label="weight")
+    figure.tight_layout()
+    return _rendered(figure)
+
+
 def _picture(image: ImageLike) -> Image.Image:
     return to_pil(load_image(image))
 

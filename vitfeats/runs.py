@@ -319,8 +319,8 @@ def take_steps(
 
 def interruption(done: int, folder: RunFolder | None) -> str:
     """Return what to tell a user whose Ctrl-C ended a run."""
-    kept = folder is not None and folder.has_checkpoint
-    how = f"resume it (resume=True, --resume) in '{folder.path}'" if kept else "nothing was written: pass out="
+    where = None if folder is None or not folder.has_checkpoint else folder.path
+    how = "nothing was written: pass out=" if where is None else f"resume it (resume=True, --resume) in '{where}'"
     return f"interrupted after {done} steps; {how}"
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from vitfeats.errors import TapError, UnknownFacetError, nearest_names
 from vitfeats.grid import PatchGrid
 
-Site = Literal["query", "key", "value", "block", "attention_output", "query_key"]
-"""Places of a transformer block that a hook can read; each architecture says by which module path it is reached."""
+Site = Literal["query", "key", "value", "block", "attention_output", "query_key", "residual"]
+"""Places of a transformer block (the last: of a residual block) that a hook can read; each architecture says by which
+module path it is reached."""
 
 _TEXT = re.compile(r"^(?P<facet>[a-z_]+)@(?P<layer>-?\d+|[A-Za-z][\w.]*(?:\+[A-Za-z][\w.]*)*)(?:#(?P<step>\d+))?$")
 
@@ -203,6 +204,7 @@ FACETS: dict[str, Facet] = {
         Facet("token", "block", read_tokens, "the block's output", of_block=True),
         Facet("cls", "block", read_cls, "the CLS token of the block's output", needs_cls=True, of_block=True),
         Facet("attention", "query_key", read_attention, "attention of CLS to every token, per head", needs_cls=True),
+        Facet("residual", "residual", read_tokens, "of a diffusion model: a residual block before the skip is added"),
         Facet(
             "out", "attention_output", read_tokens, "the attention's output before the residual add; a layer's output"
         ),

@@ -18,9 +18,9 @@ Nothing here needs pytest. Give it a small network: a check takes several forwar
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -166,11 +166,13 @@ def taps_of(extractor: Extractor) -> tuple[list[Tap], dict[str, str]]:
     layers can be joined, its first and last together.
     """
     card = extractor.card
-    layer = Tap.parse(card.default_tap).layer if card.layers else card.depth // 2
+    usual = Tap.parse(card.default_tap)
+    # Where layers have names, a facet may be one of some of them only.
+    layers = list(dict.fromkeys([usual.layer, *card.layers])) if card.layers else [card.depth // 2]
     taps, missing = [], {}
     for facet in FACETS:
         try:
-            taps.append(extractor.resolve(Tap(facet, layer)))
+            taps.append(_tap_of(extractor, facet, layers, usual.step))
         except UnknownFacetError as error:
             missing[facet] = str(error)
         except Exception as error:
@@ -179,8 +181,19 @@ def taps_of(extractor: Extractor) -> tuple[list[Tap], dict[str, str]]:
             ) from error
     if len(card.layers) > 1:
         with suppress(TapError):  # joining layers is not asked of everybody
-            taps.append(extractor.resolve(Tap("out", f"{card.layers[0]}+{card.layers[-1]}")))
+            taps.append(extractor.resolve(Tap("out", f"{card.layers[0]}+{card.layers[-1]}", usual.step)))
     return taps, missing
+
+
+def _tap_of(extractor: Extractor, facet: str, layers: Sequence[int | str], step: int | None) -> Tap:
+    """Return the facet's tap at the first layer that has it; else raise what the first layer raised."""
+    errors = []
+    for layer in layers:
+        try:
+            return extractor.resolve(Tap(facet, layer, step))
+        except TapError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 # The checks -----------------------------------------------------------------------------------------------------------
@@ -230,6 +243,8 @@ def check_tokens_are_in_place(subject: Subject) -> None:
         most = (moved - moved.mean(0)).norm(dim=1).argmax()
         x, y = centres[most].tolist()
         reach = side / 2 + max(as_pair(plain.grid.stride))
+        if subject.extractor.card.layers:  # a fine map may have been enlarged from cells of that side
+            reach = max(reach, side)
         off = max(abs(x - (col + 0.5) * side), abs(y - (row + 0.5) * side))
         _require(off <= reach, f"the token at row {row}, column {col} to change most, got that at ({x:.0f}, {y:.0f})")
 
@@ -253,7 +268,10 @@ def check_facets_and_layers_differ(subject: Subject) -> None:
     d = subject.read()
     others = [other for other in taps_of(extractor)[0] if other != tap]
     layers = extractor.card.layers or (0, extractor.card.depth - 1)
-    others += [Tap(tap.facet, layer) for layer in (layers[0], layers[-1]) if layer != tap.layer]
+    for layer in (layers[0], layers[-1]):
+        if layer != tap.layer:
+            with suppress(TapError):  # a named layer may lack the facet
+                others.append(extractor.resolve(replace(tap, layer=layer)))
     for other, found in extractor(subject.images, others).items() if others else ():
         same = found.features.shape == d.features.shape and bool(torch.equal(found.features, d.features))
         _require(not same, f"other features than those of {other}")
@@ -396,7 +414,7 @@ def check_unknown_layers(subject: Subject) -> None:
     card = subject.extractor.card
     for layer in ("no_such_layer", card.depth, -card.depth - 1):
         try:
-            subject.extractor("no-such-file.png", Tap(subject.tap.facet, layer))
+            subject.extractor("no-such-file.png", replace(subject.tap, layer=layer))
         except TapError:
             continue
         except VitFeatsError as error:

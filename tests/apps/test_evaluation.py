@@ -1,6 +1,8 @@
 """Pairs with known answers: the answers are right, and cannot be had by answering "the same place"."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,19 @@ import torch.nn.functional as F
 from PIL import Image
 from synthetic import describe
 
-from vitfeats.apps.evaluation import Pair, StereoPair, WarpedImages, pck, raw_patches, stereo_table, warp_table
+from vitfeats.apps.evaluation import (
+    Pair,
+    StereoPair,
+    WarpedImages,
+    pck,
+    raw_patches,
+    read_pairs,
+    stereo_table,
+    warp_table,
+)
 from vitfeats.apps.evaluation.datasets import apply_homography, random_homography, warp
 from vitfeats.apps.evaluation.tables import describe_with
-from vitfeats.errors import ConfigError, ImageError
+from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
 from vitfeats.preprocess import Preprocess
 
 HALF = (0.5, 0.5, 0.5)
@@ -305,3 +316,89 @@ def test_an_extractor_can_be_measured(mini):
     rows = warp_table({"mini": describe_with(mini, "key@11")}, pairs)
     assert rows[1].name == "mini"
     assert 0 <= rows[1].shares[0.1] <= 1
+
+
+def test_a_warp_table_reads_images_from_files(tmp_path):
+    pixels = torch.randint(0, 256, (32, 48, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    points = [(8.0, 8.0), (24.0, 16.0)]
+    rows = warp_table({"raw": lambda image: raw_patches(image, preprocess())}, [Pair(path, str(path), points, points)])
+    assert [row.shares[0.1] for row in rows] == [1.0, 1.0]
+
+
+# Pairs, and lists of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_points_of_a_pair_are_checked(photo):
+    pair = Pair("a.png", Path("b.png"), [(1, 2), (3, 4)], np.array([[5, 6], [7, 8]]))  # paths are kept as they are
+    assert (pair.image_a, pair.image_b, pair.name) == ("a.png", Path("b.png"), "")
+    assert pair.points_b.tolist() == [[5, 6], [7, 8]]
+    assert pair.points_a.dtype == pair.points_b.dtype == torch.float32
+    with pytest.raises(ShapeError, match="expected a point b for each a, got 2 and 1"):
+        Pair(photo, photo, [(1, 2), (3, 4)], [(5, 6)])
+    with pytest.raises(ShapeError, match="at least one point, got none; leave such pairs out"):
+        Pair(photo, photo, torch.zeros(0, 2), torch.zeros(0, 2))
+    with pytest.raises(ShapeError, match=r"expected points \(n, 2\), .* got shape \(2,\)"):
+        Pair(photo, photo, [1, 2], [3, 4])
+    with pytest.raises(ShapeError, match="expected finite points, got NaN or infinity"):
+        Pair(photo, photo, [(1, math.nan)], [(3, 4)])
+
+
+@pytest.fixture
+def listed(tmp_path) -> tuple[Path, list[dict]]:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+    record = {
+        "source_path": "a.png",
+        "target_path": "b.png",
+        "source_points": [[1, 2], [3, 4.5]],
+        "target_points": [[5, 6], [7, 8]],
+        "category": "cat",
+    }
+    return tmp_path / "pairs.json", [record, {**record, "source_path": "b.png"}]
+
+
+def test_a_list_of_pairs_is_read(listed):
+    path, records = listed
+    path.write_text(json.dumps(records))
+    first, second = read_pairs(path, path.parent)
+    assert (first.image_a, first.image_b) == (path.parent / "a.png", path.parent / "b.png")
+    assert first.points_a.tolist() == [[1, 2], [3, 4.5]]
+    assert first.points_b.tolist() == [[5, 6], [7, 8]]
+    assert (first.name, second.name) == ("a.png, b.png", "b.png, b.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"source_points": None}, StoreError, "in pair 1 of '.*pairs.json', but source_points is missing"),
+        ({"target_path": "c.png"}, StoreError, r"an image at '.*c\.png', for pair 1 of .*; is images= its folder\?"),
+        ({"target_points": [[1, 2]]}, ShapeError, "pair 1 of '.*': expected a point b for each a, got 2 and 1"),
+        ("cat", StoreError, "expected an object with source_path, .* as pair 1 of '.*', got str"),
+    ],
+)
+def test_a_pair_that_does_not_do_is_named(listed, change, error, told):
+    path, records = listed
+    if isinstance(change, dict):
+        records[1] = {key: value for key, value in {**records[1], **change}.items() if value is not None}
+    else:
+        records[1] = change
+    path.write_text(json.dumps(records))
+    with pytest.raises(error, match=told):
+        read_pairs(path, path.parent)
+
+
+def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path):
+    path = tmp_path / "pairs.json"
+    with pytest.raises(StoreError, match=r"expected a list of pairs in JSON at '.*', but: .*No such file"):
+        read_pairs(path, tmp_path)
+    for text, told in (
+        ("{", "expected a list of pairs in JSON at '.*', but: Expecting"),
+        ("{}", "expected a JSON array of pairs in '.*', got dict"),
+        ("[]", "expected a JSON array of pairs in '.*', got an empty one"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=told):
+            read_pairs(path, tmp_path)

@@ -104,7 +104,7 @@ class ConvExtractor(Extractor):
             lambda model: model(batch.pixels),
             around=geometry.around,
         )
-        return {tap: _joined([maps[name] for name in names]) for tap, names in members.items()}
+        return {tap: joined([maps[name] for name in names]) for tap, names in members.items()}
 
     def _check_stride(self) -> None:
         if self.preprocess.stride != self.card.patch:
@@ -370,7 +370,7 @@ def _tiles(values: Tensor, network: Size) -> int | None:
     return stride if (rows * stride, cols * stride) == network else None
 
 
-def _joined(maps: Sequence[tuple[Tensor, PatchGrid]]) -> Reading:
+def joined(maps: Sequence[tuple[Tensor, PatchGrid]]) -> Reading:
     """Bring maps to the finest of their grids and concatenate their channels."""
     finest = min((grid for _, grid in maps), key=lambda grid: as_pair(grid.stride))
     points = finest.centres().to(maps[0][0].device)

@@ -138,8 +138,13 @@ class ViTExtractor(Extractor):
     def resolve(self, tap: Tap) -> Tap:
         """Return the tap with its block counted from the start."""
         facet = FACETS[tap.facet]
+        if facet.site == "residual":
+            raise UnknownFacetError(
+                f"expected a facet that {self.card.name} has, got {tap.facet!r}: it is of diffusion models; try "
+                f"'{self.card.usual_tap}'"
+            )
         if facet.needs_cls and not self.card.has_cls:
-            having = ", ".join(name for name, facet in FACETS.items() if not facet.needs_cls)
+            having = ", ".join(n for n, facet in FACETS.items() if not facet.needs_cls and facet.site != "residual")
             raise UnknownFacetError(
                 f"expected a facet that {self.card.name} has, got {tap.facet!r}: it has no CLS token; try {having}"
             )

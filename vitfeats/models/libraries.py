@@ -1,6 +1,5 @@
 """Loading from timm and transformers: names with a prefix, folders, and the card of a network that they built."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from vitfeats.extractors.conv import readable_layers, usual_layer
 from vitfeats.extractors.vit import find_anatomy, is_timm_transformer
 from vitfeats.grid import Size
 from vitfeats.hooks import unwrapped
-from vitfeats.models.weights import load_state, read_checkpoint, require_weights, unavailable
+from vitfeats.models.weights import load_state, read_checkpoint, read_json, require_weights, unavailable
 
 # What transformers knows a vision model by: (class, mean, std, whether it has CLS, position rule).
 _TRANSFORMERS: dict[str, tuple[str, Any, Any, bool, str | None]] = {
@@ -93,7 +92,7 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
         raise WeightsUnavailableError(
             f"expected a folder with config.json and weights, but '{path}' has no config.json"
         )
-    if "architecture" not in _read_json(config):
+    if "architecture" not in read_json(config):
         return load_transformers(path, checkpoint)
     try:
         network = _created(f"local-dir:{path}", pretrained=False)
@@ -192,16 +191,6 @@ def _unreadable(folder: str, error: Exception) -> WeightsUnavailableError:
 def _broken(error: Exception) -> str:
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}"
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsUnavailableError(f"expected JSON in '{file}', but: {error}") from error
-    if not isinstance(found, dict):
-        raise WeightsUnavailableError(f"expected a JSON object in '{file}', got {type(found).__name__}")
-    return found
 
 
 def _weight_file(folder: Path) -> str:
@@ -309,7 +298,7 @@ def _processor_facts(folder: Path) -> dict[str, Any]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return {}
-    said = _read_json(file)
+    said = read_json(file)
     names = {"mean": "image_mean", "std": "image_std"}
     try:
         return {field: tuple(float(v) for v in said[name]) for field, name in names.items() if name in said}

@@ -1,5 +1,6 @@
 """Getting at weights: the cache, one short look at the network, and files that are read without running them."""
 
+import json
 import os
 import pickle
 import socket
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 from vitfeats.errors import ConfigError, UnknownModelError, WeightsUnavailableError
 
 PROBE_SECONDS = 2.0
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "open_clip_model.safetensors")
+_FILES = (
+    "model_index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+)
 
 
 def require_weights(model: str, repository: str) -> None:
@@ -115,6 +122,21 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             "is it of the same model?"
         )
     model.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a model's folder.
+
+    Raises:
+        WeightsUnavailableError: If there is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsUnavailableError(f"expected JSON in '{file}', but: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsUnavailableError(f"expected a JSON object in '{file}', got {type(found).__name__}")
+    return found
 
 
 def _is_head(key: str) -> bool:

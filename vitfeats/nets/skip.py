@@ -166,12 +166,12 @@ class _Norm(nn.BatchNorm2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, track_running_stats=False)
 
-    def forward(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+    def forward(self, input: Tensor, channels: slice = slice(None)) -> Tensor:
         """Return some channels of the norm, given these channels of its input."""
         weight, bias = self.weight[channels], self.bias[channels]
-        if len(x) == 1:  # a group for each channel: the same numbers, in a quarter to half of the time on a CPU
-            return F.group_norm(x, len(weight), weight, bias, self.eps)
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        if len(input) == 1:  # a group for each channel: the same numbers, in a quarter to half of the time on a CPU
+            return F.group_norm(input, len(weight), weight, bias, self.eps)
+        return F.batch_norm(input, None, None, weight, bias, training=True, eps=self.eps)
 
 
 def _check(

@@ -4,7 +4,7 @@ PCK, pairs with known answers, and the tables made from them; structure, appeara
 """
 
 from vitfeats.apps.evaluation.colours import colour_distance, colour_shift, match_colours
-from vitfeats.apps.evaluation.datasets import Pair, StereoPair, WarpedImages
+from vitfeats.apps.evaluation.datasets import Pair, StereoPair, WarpedImages, read_pairs
 from vitfeats.apps.evaluation.foreground import foreground_iou, foreground_mask
 from vitfeats.apps.evaluation.pck import pck
 from vitfeats.apps.evaluation.tables import Row, raw_patches, stereo_table, warp_table
@@ -38,6 +38,7 @@ __all__ = [
     "patch_distance",
     "pck",
     "raw_patches",
+    "read_pairs",
     "stereo_table",
     "structure_distance",
     "transfer_markdown",

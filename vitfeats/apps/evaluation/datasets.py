@@ -1,10 +1,12 @@
-"""Pairs of images with known correspondences that need no annotation: a stereo pair, and warped photographs."""
+"""Pairs of images with known correspondences: a stereo pair, warped photographs, and lists of annotated pairs."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +14,56 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitfeats import samples
-from vitfeats.errors import ConfigError, ImageError
+from vitfeats.descriptor import Points, as_points
+from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
 from vitfeats.grid import Size
+from vitfeats.pictures import SUFFIXES
 from vitfeats.preprocess import ImageLike, load_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IN_PLACE = 0.1  # PCK@0.1 of the answer "the same place" that a warp may reach at most
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Pair:
-    """Two images and points that show the same.
+    """Two images and points that show the same. Images are read when they are used: paths cost nothing.
 
     Attributes:
-        image_a: (3, height, width) in 0..1.
-        image_b: (3, height, width) in 0..1.
-        points_a: (n, 2), (x, y) in pixels of image a.
-        points_b: (n, 2), (x, y) in pixels of image b.
-        name: What to call it.
+        image_a: An image.
+        image_b: Another one, of any size.
+        points_a: (n, 2), (x, y) in pixels of image a; n is at least 1.
+        points_b: (n, 2), where the same is in image b, in its pixels.
+        name: What to call it in messages.
     """
 
-    image_a: Float[Tensor, "3 height_a width_a"]
-    image_b: Float[Tensor, "3 height_b width_b"]
+    image_a: ImageLike
+    image_b: ImageLike
     points_a: Float[Tensor, "n 2"]
     points_b: Float[Tensor, "n 2"]
     name: str
+
+    def __init__(
+        self, image_a: ImageLike, image_b: ImageLike, points_a: Points, points_b: Points, name: str = ""
+    ) -> None:
+        """Keep the images as they are, and the points as float32 tensors on the CPU.
+
+        Args:
+            image_a: An image.
+            image_b: Another one, of any size.
+            points_a: Tensor, array or plain pairs.
+            points_b: As many.
+            name: What to call the pair in messages.
+
+        Raises:
+            ShapeError: If the points are not (n, 2) finite numbers each, there is none, or their numbers differ.
+        """
+        a, b = (as_points(points, torch.zeros(1)) for points in (points_a, points_b))
+        if len(a) != len(b):
+            raise ShapeError(f"expected a point b for each a, got {len(a)} and {len(b)}")
+        if not len(a):
+            raise ShapeError("expected a pair with at least one point, got none; leave such pairs out")
+        given = {"image_a": image_a, "image_b": image_b, "points_a": a, "points_b": b, "name": name}
+        for field, value in given.items():
+            object.__setattr__(self, field, value)  # it is frozen
 
 
 class StereoPair:
@@ -114,7 +141,7 @@ class WarpedImages(Sequence[Pair]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override] - no slices: they would read every image
-        """Return pair ``index``."""
+        """Return pair ``index``, its images as tensors (3, height, width) in 0..1."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
         index %= len(self)
@@ -154,6 +181,31 @@ class WarpedImages(Sequence[Pair]):
                 f"a size of {size}; try more points"
             )
         return best[1:]
+
+
+def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
+    """Read a list of pairs in the format of Diffusion Hyperfeatures.
+
+    Args:
+        path: A JSON array of objects with ``source_path``, ``target_path``, ``source_points`` and ``target_points``
+            ((x, y) in pixels of the images); other keys, such as the boxes, are left alone.
+        images: Folder that the image paths begin at.
+
+    Returns:
+        Pairs with the images' paths, source as a.
+
+    Raises:
+        StoreError: If the file cannot be read or is not such a list, or an image is not there; the message says which.
+        ShapeError: If the points of a pair do not do.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
+        raise StoreError(f"expected a list of pairs in JSON at '{path}', but: {error}") from error
+    if not isinstance(found, list) or not found:
+        got = "an empty one" if found == [] else type(found).__name__
+        raise StoreError(f"expected a JSON array of pairs in '{path}', got {got}")
+    return [_read_pair(record, f"pair {number} of '{path}'", Path(images)) for number, record in enumerate(found)]
 
 
 def random_homography(size: Size, generator: torch.Generator) -> Float[Tensor, "3 3"]:
@@ -197,3 +249,21 @@ def _lattice(size: Size, side: int) -> Float[Tensor, "n 2"]:
     steps = (torch.arange(side) + 0.5) / side
     y, x = torch.meshgrid(steps * size[0], steps * size[1], indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def _read_pair(record: Any, which: str, images: Path) -> Pair:
+    keys = ("source_path", "target_path", "source_points", "target_points")
+    if not isinstance(record, dict):
+        raise StoreError(f"expected an object with {', '.join(keys)} as {which}, got {type(record).__name__}")
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise StoreError(f"expected {', '.join(keys)} in {which}, but {', '.join(missing)} is missing")
+    paths = [images / str(record[key]) for key in keys[:2]]
+    for path in paths:
+        if not path.is_file():
+            raise StoreError(f"expected an image at '{path}', for {which}, but there is none; is images= its folder?")
+    try:
+        name = f"{paths[0].name}, {paths[1].name}"
+        return Pair(paths[0], paths[1], record["source_points"], record["target_points"], name)
+    except ShapeError as error:
+        raise ShapeError(f"{which}: {error}") from error

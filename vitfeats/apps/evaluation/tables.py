@@ -15,7 +15,7 @@ from vitfeats.apps.evaluation.pck import pck
 from vitfeats.descriptor import Descriptor
 from vitfeats.extractors.base import Extractor
 from vitfeats.matching import Matches, match_mutual, transfer_points
-from vitfeats.preprocess import ImageLike, Preprocess
+from vitfeats.preprocess import ImageLike, Preprocess, load_image
 from vitfeats.taps import Tap
 
 Describe = Callable[[ImageLike], Descriptor]
@@ -76,11 +76,12 @@ def warp_table(methods: Mapping[str, Describe], pairs: Sequence[Pair], *, alpha:
     scores: dict[str, list[float]] = {name: [] for name in names}
     points = 0
     for pair in pairs:
-        size = (float(pair.image_b.shape[1]), float(pair.image_b.shape[2]))
+        image_a, image_b = load_image(pair.image_a), load_image(pair.image_b)
+        size = (float(image_b.shape[1]), float(image_b.shape[2]))
         points += len(pair.points_a)
         scores["identity"].append(pck(pair.points_a, pair.points_b, size, alpha=alpha))
         for name, describe in methods.items():
-            carried = transfer_points(describe(pair.image_a), describe(pair.image_b), pair.points_a)
+            carried = transfer_points(describe(image_a), describe(image_b), pair.points_a)
             scores[name].append(pck(carried, pair.points_b, size, alpha=alpha))
     return [Row(name, points, {alpha: sum(scores[name]) / max(1, len(scores[name]))}) for name in names]
 

@@ -1,0 +1,76 @@
+"""Pictures to learn from: folders and tar files."""
+
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitfeats.errors import ConfigError, ImageError, StoreError
+from vitfeats.pictures import read_names, read_pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pictures"
+    for number, (name, size) in enumerate(
+        {"b/two.png": (40, 30), "a/one.jpg": (20, 60), "three.webp": (33, 33)}.items()
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (60 * number, 120, 200)).save(root / name)
+    (root / "notes.txt").write_text("not a picture")
+    return root
+
+
+@pytest.fixture
+def archive(folder, tmp_path):
+    path = tmp_path / "pictures.tar"
+    with tarfile.open(path, "w") as file:
+        file.add(folder, arcname=".")
+    return path
+
+
+def test_a_folder_and_its_tar_file_hold_the_same_in_the_order_of_names(folder, archive):
+    found, packed = read_pictures(folder, side=16), read_pictures(archive, side=16)
+    assert list(found) == list(packed) == ["a/one", "b/two", "three"]
+    for name, picture in found.items():
+        assert picture.dtype == np.uint8
+        assert np.array_equal(picture, packed[name])
+
+
+def test_the_shorter_side_is_what_was_asked_for(folder):
+    found = read_pictures(folder, side=16)
+    assert [picture.shape for picture in found.values()] == [(48, 16, 3), (16, 21, 3), (16, 16, 3)]
+    assert read_pictures(folder, side=100, only=["three"])["three"].shape == (100, 100, 3)
+
+
+def test_names_choose(folder, tmp_path):
+    (tmp_path / "names.txt").write_text("a/one\n\n  three  \n")
+    names = read_names(tmp_path / "names.txt")
+    assert names == ["a/one", "three"]
+    assert list(read_pictures(folder, side=16, only=names)) == names
+    assert list(read_pictures(folder, side=16, without=names)) == ["b/two"]
+
+
+def test_what_cannot_be_read_is_named(folder, archive, tmp_path):
+    with pytest.raises(StoreError, match=r"expected a folder or a tar file of pictures at '.*nothing', but: "):
+        read_pictures(tmp_path / "nothing", side=16)
+    with pytest.raises(StoreError, match=r"expected a folder or a tar file of pictures at '.*one.jpg', but: "):
+        read_pictures(folder / "a" / "one.jpg", side=16)
+    with pytest.raises(StoreError, match=r"expected a list of names, one a line, at '.*nothing.txt', but: "):
+        read_names(tmp_path / "nothing.txt")
+    with pytest.raises(ConfigError, match=r"expected pictures \(\.jpg, .*\) in '.*', got none of the names that were"):
+        read_pictures(folder, side=16, only=["four"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"expected pictures \(\.jpg, .*\) in '.*empty', got none$"):
+        read_pictures(tmp_path / "empty", side=16)
+
+
+def test_a_broken_picture_is_named(folder, tmp_path):
+    (folder / "b" / "two.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"'b/two.png' of '.*pictures': "):
+        read_pictures(folder, side=16)
+    with tarfile.open(tmp_path / "broken.tar", "w") as file:
+        file.add(folder, arcname=".")
+    with pytest.raises(ImageError, match=r"expected a picture at '\./b/two.png', but: cannot identify"):
+        read_pictures(tmp_path / "broken.tar", side=16)

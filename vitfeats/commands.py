@@ -1,0 +1,278 @@
+"""What the command line understands: one dataclass a command. Nothing heavy is imported here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
+
+from vitfeats.configs import ExtractorConfig, Preset
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Write the descriptors of images to safetensors files, one for each image and tap.
+
+    Attributes:
+        images: Image files of any sizes.
+        out: Folder for the files IMAGE.FACET@LAYER.safetensors (made if missing).
+        tap: What to read, facet@layer; several share one forward pass. Default: the model's usual tap.
+        batch_size: Images in one forward pass.
+        json: Print one JSON object instead of text.
+        options: Model, size, stride, device.
+    """
+
+    images: Positional[tuple[Path, ...]]
+    out: Path = Path("features")
+    tap: tuple[str, ...] = ()
+    batch_size: int = 8
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Pca:
+    """Paint the first three principal components of image tokens as colours, one PCA over all images.
+
+    Attributes:
+        images: Image files of any sizes.
+        sample: Use photographs that come with the installed packages: portraits, stereo, textures, cat, coffee,
+            astronaut, grace_hopper, china, flower.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        foreground: Leave the background out, found from the images' borders, and paint it black.
+        json: Print one JSON object instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("pca.png")
+    tap: str | None = None
+    foreground: Literal["none", "border"] = "none"
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Show where a point of one image looks alike in another.
+
+    Attributes:
+        images: Two image files; one file is compared with itself.
+        sample: Use a sample instead, as for pca.
+        point: x and y in pixels of the first image, from its top-left corner. Default: its middle.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        json: Print one JSON object instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    point: tuple[float, float] | None = None
+    out: Path = Path("similarity.png")
+    tap: str | None = None
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Match the tokens of two images that are each other's nearest neighbour.
+
+    Attributes:
+        images: Two image files.
+        sample: Use a sample instead, as for pca.
+        most: How many of the matches to draw, drawn at random.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        json: Print one JSON object, with every match in source pixels, instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    most: int = 40
+    out: Path = Path("matches.png")
+    tap: str | None = None
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Paint the structure of one image with the appearance of another: train a small generator for this pair.
+
+    Attributes:
+        images: Two image files: structure, then appearance.
+        sample: Use a sample instead, as for pca; portraits is the pair to begin with.
+        out: Folder for the result, losses, history, snapshots and checkpoints (made if missing).
+        preset: reference is the published recipe (with --model dino_vitb8); fast the default; draft a first look.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights and crops.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        tensorboard: Write losses and pictures for TensorBoard into the folder.
+        json: Print one JSON object instead of text.
+        options: Model, size and stride of what it sees (default: the settings'), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("splice")
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Find a picture that has the features of an image: what do they know of it?
+
+    Attributes:
+        images: One image file.
+        sample: Use a sample instead, as for pca; its first image.
+        out: Folder for pictures, losses and settings (made if missing).
+        tap: Which feature, facet@layer. Default: the model's usual tap.
+        layers: Invert the tap's facet at each of these layers, and draw them in a row.
+        preset: reference has the published numbers; fast is the default; draft a first look.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        starts: Pictures to find, each from random weights of its own, in place of the settings'.
+        seed: Of first weights and noise.
+        json: Print one JSON object instead of text.
+        options: Model, device; size and stride are the settings' unless given.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("inversion")
+    tap: str | None = None
+    layers: tuple[int, ...] = ()
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    starts: int | None = None
+    seed: int = 0
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Hyperfeatures:
+    """Write the hyperfeatures of images: the maps of a diffusion model's layers and steps, aggregated into one.
+
+    Attributes:
+        images: Image files of any sizes.
+        sample: Use a sample instead, as for pca.
+        out: Folder for IMAGE.safetensors, pca.png and, of two images, matches.png (made if missing).
+        most: How many of the matches to draw, drawn at random.
+        seed: Of the noise.
+        json: Print one JSON object instead of text.
+        options: Model (default hyperfeatures:ddpm_mini; hyperfeatures:sd15 for the paper's), size, device, checkpoint.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("hyperfeatures")
+    most: int = 40
+    seed: int = 0
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class TrainDiffusion:
+    """Train a small diffusion model of pixels, such as the bundled ddpm_mini.
+
+    Attributes:
+        pictures: A folder (with the folders in it) or a tar file of pictures.
+        out: Folder for the history, checkpoints and the model (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix.
+        config: Settings in YAML.
+        steps: Optimiser steps, in place of the settings'.
+        minutes: Stop after so many minutes, to be resumed.
+        seed: Of first weights, crops and noise.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    pictures: Positional[Path]
+    out: Path = Path("diffusion")
+    held_out: Path | None = None
+    config: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class TrainHyperfeatures:
+    """Train the network that makes one map of a diffusion model's layers and steps, on pairs of pictures.
+
+    Attributes:
+        pictures: A folder (with the folders in it) or a tar file of pictures, learned from with random warps of them.
+            With --pairs, the folder that the image paths in it begin at.
+        pairs: JSON file of pairs with points that show the same, as Diffusion Hyperfeatures has them, in place of
+            warps.
+        out: Folder for the history, checkpoints, the model's maps and aggregation.pt (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix: at
+            most 50 of them, evenly spread, and warps of them.
+        config: Settings in YAML.
+        diffusion: How the diffusion model reads, in YAML. What it does not set is as published: inversion, 50 steps of
+            which 11 are kept.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights, the order and the warps.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        json: Print one JSON object instead of text.
+        options: Model (default ddpm_mini; any diffusion model), size, device.
+    """
+
+    pictures: Positional[Path]
+    pairs: Path | None = None
+    out: Path = Path("aggregation")
+    held_out: Path | None = None
+    config: Path | None = None
+    diffusion: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models by name.
+
+    Attributes:
+        pattern: Shell pattern for the names, for example 'dino*'.
+        json: Print one JSON array instead of a table.
+    """
+
+    pattern: Positional[str] = "*"
+    json: bool = False
+
+
+Command = (
+    Annotated[Extract, subcommand("extract")]
+    | Annotated[Pca, subcommand("pca")]
+    | Annotated[Similarity, subcommand("similarity")]
+    | Annotated[Match, subcommand("match")]
+    | Annotated[Splice, subcommand("splice")]
+    | Annotated[Invert, subcommand("invert")]
+    | Annotated[Hyperfeatures, subcommand("hyperfeatures")]
+    | Annotated[TrainDiffusion, subcommand("train-diffusion")]
+    | Annotated[TrainHyperfeatures, subcommand("train-hyperfeatures")]
+    | Annotated[Models, subcommand("models")]
+)
