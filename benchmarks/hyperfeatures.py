@@ -58,7 +58,7 @@ def main() -> None:
     show(shares, singles)
     if options.picture:
         grid = torch.tensor([[singles[layer, step] for layer in layers] for step in steps])
-        plot.mixing(grid, layers, steps).save(options.picture)
+        plot.mixing(grid, layers, steps, label="PCK@0.1").save(options.picture)
 
 
 def table(pairs: WarpedImages, learned: HyperfeatureExtractor) -> dict[str, float]:

@@ -180,13 +180,16 @@ def losses(history: Sequence[Mapping[str, Any]]) -> Image.Image:
     return _rendered(figure)
 
 
-def mixing(weights: Float[Tensor, "steps layers"], layers: Sequence[str], steps: Sequence[int]) -> Image.Image:
+def mixing(
+    weights: Float[Tensor, "steps layers"], layers: Sequence[str], steps: Sequence[int], *, label: str = "weight"
+) -> Image.Image:
     """Draw the mixing weights of hyperfeatures as a heat map: a row a layer, a column a step.
 
     Args:
         weights: (steps, layers), for example :attr:`~vitfeats.nets.aggregation.AggregationNetwork.mixing`.
         layers: A name for each layer.
         steps: A tag for each step; they stand in the order given.
+        label: What the numbers are.
 
     Raises:
         ShapeError: If there is not a weight for each step and layer.
@@ -203,7 +206,7 @@ def mixing(weights: Float[Tensor, "steps layers"], layers: Sequence[str], steps:
     axis.set_yticks(range(len(layers)), list(layers))
     axis.set_xlabel("step")
     axis.set_ylabel("layer")
-    figure.colorbar(drawn, ax=axis, label="weight")
+    figure.colorbar(drawn, ax=axis, label=label)
     figure.tight_layout()
     return _rendered(figure)
 
