@@ -17,9 +17,11 @@ from torch import Tensor
 import vitfeats as vf
 from vitfeats.apps.evaluation.datasets import apply_homography, warp
 from vitfeats.apps.inversion import invert, self_similarity_pca
-from vitfeats.configs import InvertConfig, SpliceConfig
+from vitfeats.configs import DiffusionConfig, InvertConfig, SpliceConfig
+from vitfeats.extractors.diffusion import DiffusionExtractor
+from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor
 from vitfeats.preprocess import load_image, to_pil
-from vitfeats.resize import spread_map
+from vitfeats.resize import resize_images, spread_map
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_BYTES = 150_000
@@ -233,6 +235,77 @@ def splice_terms(extractor: vf.Extractor) -> Image.Image:
     return sheet(panels, columns=2, width=400)
 
 
+def diffusion_steps(_extractor: vf.Extractor) -> Image.Image:
+    """Draw the components of four layers of the diffusion model along the inversion of a cat; a PCA for each map."""
+    cat = vf.samples.cat()
+    chain = DiffusionConfig.preset("hyperfeatures", steps=20, keep=5)
+    extractor = vf.load_extractor("ddpm_mini", device="cpu", diffusion=chain)
+    layers = [f"up{block}.res2" for block in range(4)]
+    found = extractor(cat, [f"residual@{layer}#{step}" for layer in layers for step in chain.kept_steps])
+    panels = [(tap.removeprefix("residual@").replace("#", ", step "), components(d)) for tap, d in named(found)]
+    return sheet(panels, columns=len(chain.kept_steps), width=190)
+
+
+def diffusion_ways(_extractor: vf.Extractor) -> Image.Image:
+    """Draw one layer of the diffusion model in each way of reading a cat; a PCA for each map."""
+    cat, layer = vf.samples.cat(), "residual@up1.res2"
+    chain = DiffusionConfig.preset("hyperfeatures", steps=20, keep=5)
+    ways = {
+        "clean": (DiffusionConfig.preset("hyperfeatures-one-step"), ""),
+        "noise, level 261, one draw": (DiffusionConfig(), ""),
+        "noise, level 261, mean of 8": (DiffusionConfig.preset("dift"), ""),
+        "inversion, step 15 of 20": (chain, "#15"),
+        "inversion, step 5": (chain, "#5"),
+    }
+    extractor = vf.load_extractor("ddpm_mini", device="cpu")
+    assert isinstance(extractor, DiffusionExtractor)
+    panels = [("the photograph", cat)]
+    for name, (config, step) in ways.items():
+        panels.append((name, components(extractor.reading(config)(cat, layer + step))))
+    return sheet(panels, columns=3, width=300)
+
+
+def diffusion_chain(_extractor: vf.Extractor) -> Image.Image:
+    """Draw photographs, the noise that inversion makes of them, and what generation makes of it."""
+    extractor = vf.load_extractor("ddpm_mini", size=(64, 64), device="cpu", diffusion=DiffusionConfig(steps=50))
+    assert isinstance(extractor, DiffusionExtractor)
+    photographs = [vf.samples.load(name)[0] for name in ("cat", "coffee", "astronaut", "grace_hopper")]
+    noise = extractor.invert(photographs)
+    again = extractor.generate(latents=noise).images
+    rows = {
+        "the photograph": [resize_images(load_image(p)[None], (64, 64))[0] for p in photographs],
+        "its noise": [(one / 6 + 0.5).clamp(0, 1) for one in noise],
+        "and back": list(again),
+    }
+    panels = [
+        (name, to_pil(one).resize((192, 192), Image.Resampling.NEAREST)) for name, row in rows.items() for one in row
+    ]
+    return sheet(panels, columns=len(photographs), width=192)
+
+
+def hyperfeatures(_extractor: vf.Extractor) -> Image.Image:
+    """Draw matches between a cat and its warp: by one layer of the diffusion model, and by hyperfeatures."""
+    cat = load_image(vf.samples.cat())
+    warped = warp(cat, WARP)
+    one = vf.load_extractor("ddpm_mini", device="cpu")
+    hyper = vf.load_extractor("hyperfeatures:ddpm_mini", device="cpu")
+    panels = []
+    for name, extractor in (("one layer, one pass", one), ("hyperfeatures", hyper)):
+        a, b = extractor(cat), extractor(warped)
+        fitted = vf.PCA(3).fit([a, b])
+        panels.append((f"{name}: components", beside([cells(fitted.to_rgb(d), d) for d in (a, b)], gap=6)))
+        panels.append(judged(name, vf.match_mutual(a, b), cat, warped))
+    return sheet(panels, columns=2, width=520)
+
+
+def mixing(_extractor: vf.Extractor) -> Image.Image:
+    """Draw the mixing weights of the bundled aggregation network."""
+    hyper = vf.load_extractor("hyperfeatures:ddpm_mini", device="cpu")
+    assert isinstance(hyper, HyperfeatureExtractor)
+    network = hyper.model.aggregation
+    return vf.plot.mixing(network.mixing, network.layers, network.steps)
+
+
 PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     draw.__name__: draw
     for draw in (
@@ -252,9 +325,24 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         structure,
         splice,
         splice_terms,
+        diffusion_steps,
+        diffusion_ways,
+        diffusion_chain,
+        hyperfeatures,
+        mixing,
     )
 }
 """Every picture by its name."""
+
+
+def named(found: vf.Descriptors) -> list[tuple[str, vf.Descriptor]]:
+    """Return descriptors with the text of their taps."""
+    return [(str(tap), d) for tap, d in found.items()]
+
+
+def components(d: vf.Descriptor) -> Image.Image:
+    """Paint a descriptor's own first components."""
+    return cells(vf.PCA(3).fit(d).to_rgb(d), d)
 
 
 def cells(rgb: Tensor, d: vf.Descriptor) -> Image.Image:
