@@ -463,6 +463,8 @@ class TrainDiffusionConfig:
         flip: Probability that a picture is mirrored.
         noise_levels: Steps of the noise schedule.
         betas: Noise variance added at the first and at the last of them, linear between.
+        prediction: What the network says: "epsilon", the noise; or "v_prediction", the velocity between picture and
+            noise (Salimans and Ho, Progressive Distillation, ICLR 2022), which stays well-posed where all is noise.
         minutes: Stop after so many minutes, to be resumed; 0 is no limit.
         validate_every: Steps from one loss on the held-out pictures to the next; 0 never.
         checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
@@ -485,6 +487,7 @@ class TrainDiffusionConfig:
     flip: float = 0.5
     noise_levels: int = 1000
     betas: tuple[float, float] = (0.0001, 0.02)
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     minutes: float = 0.0
     validate_every: int = 250
     checkpoint_every: int = 100
@@ -505,6 +508,8 @@ class TrainDiffusionConfig:
             raise ConfigError(f"expected betas in 0..1, in order, got {self.betas}")
         if self.crop == 0:
             raise ConfigError("expected a crop above 0, got 0")
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(f"expected prediction 'epsilon' or 'v_prediction', got {self.prediction!r}")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
 

@@ -50,6 +50,28 @@ def test_a_step_is_the_formula(pictures):
     torch.testing.assert_close(found, ((said - noise) ** 2).mean((1, 2, 3)))
 
 
+def test_a_step_that_predicts_velocity_is_the_formula(pictures):
+    trainer = DiffusionTrainer(pictures, replace(TINY, prediction="v_prediction"))
+    network, images = trainer.network, torch.rand(4, 3, 16, 16) * 2 - 1
+    noise, levels = torch.randn(4, 3, 16, 16), torch.tensor([0, 10, 500, 999])
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[levels][:, None, None, None]
+    with torch.no_grad():
+        noisy = kept.sqrt() * images + (1 - kept).sqrt() * noise
+        said = network(noisy, levels).sample
+        found = app._errors(network, trainer.scheduler, images, noise, levels)
+        judged = app._errors(network, trainer.scheduler, images, noise, levels, of_noise=True)
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * images
+    torch.testing.assert_close(found, ((said - velocity) ** 2).mean((1, 2, 3)))
+    # An error of the velocity is an error of the noise, less by the root of what is kept of the picture.
+    torch.testing.assert_close(judged, kept.flatten() * found)
+
+
+def test_a_model_that_predicts_velocity_is_read_as_one(pictures, tmp_path):
+    train_diffusion(pictures, config=replace(TINY, prediction="v_prediction"), out=tmp_path)
+    extractor = vf.load_extractor(tmp_path / "model", device="cpu")
+    assert extractor.model.prediction == "v_prediction"
+
+
 def test_a_batch_has_levels_of_all_noises(pictures, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -169,6 +191,7 @@ def test_crops_lie_inside_and_differ(pictures):
         ({"betas": (0.02, 0.01)}, r"expected betas in 0\.\.1, in order, got \(0.02, 0.01\)"),
         ({"crop": 0.0}, "expected a crop above 0, got 0"),
         ({"schedule": "linear"}, "expected schedule 'constant' or 'cosine', got 'linear'"),
+        ({"prediction": "sample"}, "expected prediction 'epsilon' or 'v_prediction', got 'sample'"),
         ({"batch": 0}, "expected batch of at least 1, got 0"),
         ({"minutes": -1.0}, "expected minutes of at least 0, got -1.0"),
     ],

@@ -238,7 +238,12 @@ def train_diffusion(
 
 def noise_levels(config: TrainDiffusionConfig) -> DDPMScheduler:
     """Return diffusers' scheduler with the settings' noise levels."""
-    return DDPMScheduler(num_train_timesteps=config.noise_levels, beta_start=config.betas[0], beta_end=config.betas[1])
+    return DDPMScheduler(
+        num_train_timesteps=config.noise_levels,
+        beta_start=config.betas[0],
+        beta_end=config.betas[1],
+        prediction_type=config.prediction,
+    )
 
 
 @torch.no_grad()
@@ -271,7 +276,8 @@ def denoising_loss(
         for part in range(0, len(images), batch):
             some = images[part : part + batch].to(device)
             level = torch.full((len(some),), middle, device=device)
-            sums += _errors(network, scheduler, some, noise[part : part + batch].to(device), level).sum().cpu()
+            drawn = noise[part : part + batch].to(device)
+            sums += _errors(network, scheduler, some, drawn, level, of_noise=True).sum().cpu()
         found.append(sums / len(images))
     return torch.stack(found).float()
 
@@ -282,10 +288,19 @@ def _errors(
     images: Float[Tensor, "batch 3 height width"],
     noise: Float[Tensor, "batch 3 height width"],
     levels: Int[Tensor, " batch"],
+    *,
+    of_noise: bool = False,
 ) -> Float[Tensor, " batch"]:
+    """Return the mean squared error of what the network predicts; or of the noise that follows from it."""
     noisy = scheduler.add_noise(images, noise, levels)  # type: ignore[arg-type] - it takes any integers
-    said = network(noisy, levels).sample
-    return F.mse_loss(said, noise, reduction="none").flatten(1).mean(1)
+    said, wanted = network(noisy, levels).sample, noise
+    if scheduler.config["prediction_type"] == "v_prediction":
+        if of_noise:
+            kept = scheduler.alphas_cumprod.to(noisy)[levels][:, None, None, None]
+            said = kept.sqrt() * said + (1 - kept).sqrt() * noisy
+        else:
+            wanted = scheduler.get_velocity(images, noise, levels)  # type: ignore[arg-type] - as above
+    return F.mse_loss(said, wanted, reduction="none").flatten(1).mean(1)
 
 
 def _crop(
