@@ -22,6 +22,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import vitfeats as vf
+from vitfeats.configs import DiffusionConfig
+from vitfeats.extractors.diffusion import DiffusionExtractor
+from vitfeats.models.diffusion import denoiser
+
 _Network = TypeVar("_Network", bound=nn.Module)
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _TEXT_DIM = 16
@@ -171,3 +176,30 @@ def adm(**unet_changes: Any) -> DDPMPipeline:
     """Return a fresh model like `ddpm()` that also predicts its variance, in three further channels."""
     unet = _random(lambda: UNet2DModel(**{**_DDPM_UNET, "out_channels": 6, **unet_changes}), seed=0)
     return DDPMPipeline(unet=unet, scheduler=DDPMScheduler(variance_type="learned_range"))
+
+
+def picture(height: int = 64, width: int = 128, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Return random pictures (batch, 3, height, width) in 0..1."""
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def load(pipeline, size=(64, 128), **settings) -> DiffusionExtractor:
+    """Return the extractor of a pipeline at a size, with these fields of its settings."""
+    found = vf.load_extractor(denoiser(pipeline), size=size, diffusion=DiffusionConfig(**settings))
+    assert isinstance(found, DiffusionExtractor)
+    return found
+
+
+def published_aggregation(dims, steps: int, dim: int, seed: int = 0, spread: float = 1.0) -> dict[str, torch.Tensor]:
+    """Return random weights with the names and shapes of the published aggregation networks."""
+    shapes: dict[str, tuple[int, ...]] = {"mixing_weights": (steps * len(dims),)}
+    for layer, channels in enumerate(dims):
+        parts = {"conv1": (dim // 4, channels, 1), "conv2": (dim // 4, dim // 4, 3), "conv3": (dim, dim // 4, 1)}
+        if channels != dim:
+            parts["shortcut"] = (dim, channels, 1)
+        for part, (after, before, side) in parts.items():
+            key = f"bottleneck_layers.{layer}.0.{part}"
+            shapes[f"{key}.weight"] = (after, before, side, side)
+            shapes[f"{key}.norm.weight"] = shapes[f"{key}.norm.bias"] = (after,)
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator) * spread for key, shape in shapes.items()}

@@ -152,10 +152,8 @@ class SpliceConfig:
             raise ConfigError(f"expected max_size of at least size ({self.size}), got {self.max_size}")
         weights = (self.appearance, self.structure, self.identity, self.whole_appearance, self.whole_structure)
         weights = (*weights, self.transport)
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
-        if self.resize not in ("antialiased", "published"):
-            raise ConfigError(f"expected resize 'antialiased' or 'published', got {self.resize!r}")
+        _one_of(self, "schedule", "constant", "cosine")
+        _one_of(self, "resize", "antialiased", "published")
         if not any(weights):
             raise ConfigError("expected at least one weight above 0, got none; nothing would be optimised")
 
@@ -263,6 +261,12 @@ def _preset(kind: type[C], presets: dict[str, dict[str, Any]], name: str, change
     return kind(**(presets[name] | changes))
 
 
+def _one_of(config: Any, name: str, *known: str) -> None:
+    if getattr(config, name) not in known:
+        *others, last = map(repr, known)
+        raise ConfigError(f"expected {name} {', '.join(others)} or {last}, got {getattr(config, name)!r}")
+
+
 def _require(config: Any, least: float, *names: str, most: float = float("inf")) -> None:
     for name in names:
         value = getattr(config, name)
@@ -311,8 +315,7 @@ class InvertConfig:
         """Refuse numbers that no run could use."""
         _require(self, 1, "overlap", "starts", "inputs")
         _require(self, 0, "steps", "lr", "smooth")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+        _one_of(self, "schedule", "constant", "cosine")
         shares = [share for share, _ in self.noise]
         if shares != sorted(shares) or not all(0 <= share <= 1 and sigma >= 0 for share, sigma in self.noise):
             raise ConfigError(
@@ -396,13 +399,9 @@ class DiffusionConfig:
         _require(self, -1, "time")
         _require(self, 1, "ensemble", "steps", "keep")
         _require(self, 0, "seed")
-        for name, known in (
-            ("mode", ("noise", "clean", "inversion")),
-            ("schedule", ("hyperfeatures", "model")),
-            ("latent", ("sample", "mean")),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"expected {name} of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        _one_of(self, "mode", "noise", "clean", "inversion")
+        _one_of(self, "schedule", "hyperfeatures", "model")
+        _one_of(self, "latent", "sample", "mean")
         if self.mode == "noise" and self.time < 0:
             raise ConfigError(f"expected a time of at least 0 in mode 'noise', got {self.time}; -1 is for mode 'clean'")
         if self.keep > self.steps or (1 < self.keep < self.steps and self.steps % (self.keep - 1)):
@@ -508,10 +507,8 @@ class TrainDiffusionConfig:
             raise ConfigError(f"expected betas in 0..1, in order, got {self.betas}")
         if self.crop == 0:
             raise ConfigError("expected a crop above 0, got 0")
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(f"expected prediction 'epsilon' or 'v_prediction', got {self.prediction!r}")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+        _one_of(self, "prediction", "epsilon", "v_prediction")
+        _one_of(self, "schedule", "constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -557,5 +554,4 @@ class TrainHyperfeaturesConfig:
         _require(self, 0, "lr", "weight_decay", "temperature", "validate_every", "checkpoint_every", "cache_gib")
         if self.temperature == 0:
             raise ConfigError("expected a temperature above 0, got 0")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"expected schedule 'constant' or 'cosine', got {self.schedule!r}")
+        _one_of(self, "schedule", "constant", "cosine")

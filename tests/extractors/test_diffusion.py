@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusions import load, picture
 from torch import Tensor, nn
 
 import vitfeats as vf
 from vitfeats.configs import DiffusionConfig
-from vitfeats.extractors.diffusion import DiffusionExtractor, find_layers, hyperfeature_layers
+from vitfeats.extractors.diffusion import find_layers, hyperfeature_layers
 from vitfeats.hooks import count_hooks
 from vitfeats.models.diffusion import denoiser
 from vitfeats.views import numbered
@@ -48,16 +49,6 @@ def sdxl() -> Any:
 @pytest.fixture(scope="module")
 def ddpm() -> Any:
     return diffusions.ddpm()
-
-
-def _image(height: int = 64, width: int = 128, batch: int = 1, seed: int = 0) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def _load(pipe: Any, size: Any = (64, 128), **settings: Any) -> DiffusionExtractor:
-    found = vf.load_extractor(denoiser(pipe), size=size, diffusion=DiffusionConfig(**settings))
-    assert isinstance(found, DiffusionExtractor)
-    return found
 
 
 def _map(found: vf.Descriptor) -> Tensor:
@@ -206,8 +197,8 @@ def _compare(found: vf.Descriptors, seen: SimpleNamespace) -> None:
 
 @torch.no_grad()
 def test_taps_of_stable_diffusion_equal_the_modules_own_outputs(sd):
-    image = _image(batch=2)
-    found = _load(sd, time=261, prompt="a cat")(image, list(ON_SD))
+    image = picture(batch=2)
+    found = load(sd, time=261, prompt="a cat")(image, list(ON_SD))
     latents = _encoded(sd, image)
     noisy = _share(261).sqrt() * latents + (1 - _share(261)).sqrt() * _drawn((4, 8, 16), 1, 0)
     with _watched(sd.unet, ON_SD) as seen:
@@ -223,8 +214,8 @@ def test_taps_of_stable_diffusion_equal_the_modules_own_outputs(sd):
 @torch.no_grad()
 def test_taps_of_sdxl_equal_the_modules_own_outputs(sdxl):
     """It is told the text of two encoders, the pooled text and six sizes; its attentions have several blocks."""
-    image = _image(32, 64)
-    found = _load(sdxl, (32, 64), time=100, prompt="a dog", seed=3)(image, list(ON_SDXL))
+    image = picture(32, 64)
+    found = load(sdxl, (32, 64), time=100, prompt="a dog", seed=3)(image, list(ON_SDXL))
     latents = _encoded(sdxl, image, SCALE_XL, seed=3)
     noisy = _share(100).sqrt() * latents + (1 - _share(100)).sqrt() * _drawn((4, 4, 8), 1, 0, seed=3)
     with _watched(sdxl.unet, ON_SDXL) as seen:
@@ -237,8 +228,8 @@ def test_taps_of_sdxl_equal_the_modules_own_outputs(sdxl):
 @pytest.mark.parametrize("made", ["ddpm", "adm"])
 def test_taps_of_pixel_models_equal_the_modules_own_outputs(made, ddpm):
     pipe = ddpm if made == "ddpm" else diffusions.adm()
-    image = _image(32, 48)
-    found = _load(pipe, (32, 48), time=41, seed=1)(image, list(ON_DDPM))
+    image = picture(32, 48)
+    found = load(pipe, (32, 48), time=41, seed=1)(image, list(ON_DDPM))
     share = _share(41, linear=True)
     noisy = share.sqrt() * (image * 2 - 1) + (1 - share).sqrt() * _drawn((3, 32, 48), 1, 0, seed=1)
     with _watched(pipe.unet, ON_DDPM) as seen:
@@ -248,8 +239,8 @@ def test_taps_of_pixel_models_equal_the_modules_own_outputs(made, ddpm):
 
 @torch.no_grad()
 def test_a_tap_is_the_same_alone_beside_others_and_by_number(sd):
-    extractor = _load(sd)
-    image = _image()
+    extractor = load(sd)
+    image = picture()
     together = extractor(image, [DEEP, MIDDLE, LAST, "key@mid.attn0"])
     for tap, one in together.items():
         assert torch.equal(extractor(image, str(tap)).features, one.features)
@@ -264,20 +255,20 @@ def test_a_tap_is_the_same_alone_beside_others_and_by_number(sd):
 @torch.no_grad()
 def test_the_pass_ends_at_the_deepest_tap(sd):
     with _watched(sd.unet, {"up1": "up_blocks.1", "up2": "up_blocks.2", "up3": "up_blocks.3"}) as seen:
-        _load(sd)(_image(), [MIDDLE, "out@up1"])
+        load(sd)(picture(), [MIDDLE, "out@up1"])
     assert [len(seen.out[name]) for name in ("up1", "up2", "up3")] == [1, 0, 0]
 
 
 @torch.no_grad()
 def test_several_layers_are_brought_to_the_finest_and_concatenated(sd):
     tap = "residual@up0.res0+up3.res2"
-    extractor = _load(sd)
-    image = _image(batch=2)
+    extractor = load(sd)
+    image = picture(batch=2)
     found = extractor(image, [tap, "residual@up0.res0", LAST])
     coarse, fine = _map(found["residual@up0.res0"]), _map(found[LAST])
     expected = torch.cat([F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False), fine], 1)
     torch.testing.assert_close(_map(found[tap]), expected, **NEAR)
-    chain = _load(sd, mode="inversion", steps=5, keep=5)
+    chain = load(sd, mode="inversion", steps=5, keep=5)
     found = chain(image, [f"{tap}#2", "residual@up0.res0#2", f"{LAST}#2"])
     coarse, fine = _map(found["residual@up0.res0#2"]), _map(found[f"{LAST}#2"])
     expected = torch.cat([F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=False), fine], 1)
@@ -310,8 +301,8 @@ def test_layers_are_named_in_the_order_they_run(sd, sdxl, ddpm):
 
 @torch.no_grad()
 def test_noise_is_added_up_to_the_level_and_is_the_same_for_every_picture(sd):
-    image = _image(batch=2)
-    extractor = _load(sd, time=300, seed=7)
+    image = picture(batch=2)
+    extractor = load(sd, time=300, seed=7)
     with _watched(sd.unet) as seen:
         extractor(image, MIDDLE)
     share = _share(300)
@@ -323,7 +314,7 @@ def test_noise_is_added_up_to_the_level_and_is_the_same_for_every_picture(sd):
 
 @torch.no_grad()
 def test_an_ensemble_is_the_mean_over_draws(sd):
-    image = _image()
+    image = picture()
     path = {MIDDLE: "up_blocks.1.resnets.1.conv2"}
     latents, share, text = _encoded(sd, image), _share(261), _text(sd, "")
     with _watched(sd.unet, path) as seen:
@@ -332,15 +323,15 @@ def test_an_ensemble_is_the_mean_over_draws(sd):
             sd.unet(share.sqrt() * latents + (1 - share).sqrt() * noise, 261, encoder_hidden_states=text)
     maps = seen.out[MIDDLE]
     assert not torch.allclose(maps[0], maps[1], atol=1e-3)
-    torch.testing.assert_close(_map(_load(sd, ensemble=3)(image, MIDDLE)), sum(maps) / 3, **NEAR)
-    torch.testing.assert_close(_map(_load(sd)(image, MIDDLE)), maps[0], **NEAR)
+    torch.testing.assert_close(_map(load(sd, ensemble=3)(image, MIDDLE)), sum(maps) / 3, **NEAR)
+    torch.testing.assert_close(_map(load(sd)(image, MIDDLE)), maps[0], **NEAR)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("time", [-1, 0, 261])
 def test_a_clean_pass_adds_no_noise(sd, time):
-    image = _image()
-    extractor = _load(sd, mode="clean", time=time)
+    image = picture()
+    extractor = load(sd, mode="clean", time=time)
     with _watched(sd.unet, {MIDDLE: "up_blocks.1.resnets.1.conv2"}) as seen:
         found = extractor(image, MIDDLE)
         sd.unet(_encoded(sd, image), time, encoder_hidden_states=_text(sd, ""))
@@ -352,10 +343,10 @@ def test_a_clean_pass_adds_no_noise(sd, time):
 
 @torch.no_grad()
 def test_latents_are_drawn_or_the_mean(sd):
-    image = _image()
+    image = picture()
     for latent, seed in (("mean", 0), ("sample", 0), ("sample", 5)):
         with _watched(sd.unet) as seen:
-            _load(sd, mode="clean", time=0, latent=latent, seed=seed)(image, MIDDLE)
+            load(sd, mode="clean", time=0, latent=latent, seed=seed)(image, MIDDLE)
         expected = _encoded(sd, image, seed=seed, mean=latent == "mean")
         torch.testing.assert_close(seen.latents[0], expected, **NEAR)
     drawn = _encoded(sd, image) - _encoded(sd, image, mean=True)
@@ -368,8 +359,8 @@ def test_latents_are_drawn_or_the_mean(sd):
 @torch.no_grad()
 def test_the_published_chain_of_fifty_steps_inverting(thin):
     """Levels, tags (0 is the noisiest) and latents after each step, against the formula."""
-    image = _image(64, 64)
-    extractor = _load(thin, 64, mode="inversion")
+    image = picture(64, 64)
+    extractor = load(thin, 64, mode="inversion")
     taps = {49: 0, 25: 24, 0: 49}  # tag: number of the call
     path = {"map": "up_blocks.1.resnets.1.conv2"}
     with _watched(thin.unet, path) as seen:
@@ -392,7 +383,7 @@ def test_the_published_chain_of_fifty_steps_inverting(thin):
 def test_the_published_chain_generating(thin):
     began = _drawn((4, 8, 8), 99)
     path = {"map": "up_blocks.1.resnets.1.conv2"}
-    extractor = _load(thin, 64, mode="inversion")
+    extractor = load(thin, 64, mode="inversion")
     taps = (0, 25, 49)  # the number of the call is the tag itself
     with _watched(thin.unet, path) as seen:
         made = extractor.generate(latents=began, taps=[f"{MIDDLE}#{tag}" for tag in taps])
@@ -419,7 +410,7 @@ def test_each_kind_of_prediction_is_carried_on_as_noise(kind, sd):
     """What a step needs is the noise, whatever the network says: v = √ᾱ ε − √(1−ᾱ) x, or a variance behind it."""
     linear = kind == "adm"
     pipe = diffusions.adm() if linear else diffusions.sd_pipeline(kind)
-    image = _image(32, 32) if linear else _image(64, 64)
+    image = picture(32, 32) if linear else picture(64, 64)
     latents = image * 2 - 1 if linear else _encoded(pipe, image)
     told = {} if linear else {"encoder_hidden_states": _text(pipe, "")}
     for inverting in (True, False):
@@ -431,7 +422,7 @@ def test_each_kind_of_prediction_is_carried_on_as_noise(kind, sd):
             latents = _ddim(latents, said[:, : latents.shape[1]], a, _share(there, linear))
         if inverting:
             noise = latents
-    extractor = _load(pipe, 32 if linear else 64, mode="inversion", steps=5, keep=5)
+    extractor = load(pipe, 32 if linear else 64, mode="inversion", steps=5, keep=5)
     found = extractor.invert(image)
     torch.testing.assert_close(found, noise, **NEAR)
     back = extractor.generate(latents=noise).latents
@@ -442,8 +433,8 @@ def test_each_kind_of_prediction_is_carried_on_as_noise(kind, sd):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_models_own_schedule_is_that_of_diffusers(prediction):
     pipe = diffusions.sd_pipeline(prediction, layers_per_block=1)
-    image, text = _image(64, 64), _text(pipe, "")
-    extractor = _load(pipe, 64, mode="inversion", schedule="model", steps=10, keep=6)
+    image, text = picture(64, 64), _text(pipe, "")
+    extractor = load(pipe, 64, mode="inversion", schedule="model", steps=10, keep=6)
     path = {"map": "up_blocks.1.resnets.1.conv2"}
     inverse = DDIMInverseScheduler.from_config(pipe.scheduler.config)
     forward = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -473,7 +464,7 @@ def test_the_models_own_schedule_is_that_of_diffusers(prediction):
 def test_the_models_own_schedule_clips_no_latents(sdxl):
     """Samplers without a setting for it (Euler's, SDXL's own) do not clip; DDIM's default, for pixels, does."""
     assert "clip_sample" not in sdxl.scheduler.config
-    extractor = _load(sdxl, 32, mode="inversion", schedule="model", steps=4, keep=1)
+    extractor = load(sdxl, 32, mode="inversion", schedule="model", steps=4, keep=1)
     began = 3 * _drawn((4, 4, 4), 5)
     told = _text_xl(sdxl, "", (32, 32))
     scheduler = DDIMScheduler.from_config(sdxl.scheduler.config, clip_sample=False)
@@ -491,9 +482,9 @@ def test_the_models_own_schedule_knows_every_spacing_or_says_so(spacing):
     """Euler's usual spacing is linspace, which diffusers' inversion does not know."""
     pipe = diffusions.sd_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
-    extractor = _load(pipe, 64, mode="inversion", schedule="model", steps=4, keep=1)
+    extractor = load(pipe, 64, mode="inversion", schedule="model", steps=4, keep=1)
     try:
-        found = extractor(_image(64, 64), f"{MIDDLE}#0")
+        found = extractor(picture(64, 64), f"{MIDDLE}#0")
         assert found.features.isfinite().all()
     except vf.ConfigError as error:
         assert "schedule='hyperfeatures'" in str(error)  # noqa: PT017
@@ -520,10 +511,10 @@ def _tapped_levels(unet: nn.Module, seen: SimpleNamespace) -> Iterator[list[int]
 @pytest.mark.parametrize("schedule", ["hyperfeatures", "model"])
 def test_the_same_tag_has_the_same_level_in_both_directions(thin, schedule):
     """But for the published chain's one step of difference, which its authors have too."""
-    extractor = _load(thin, 64, mode="inversion", steps=10, keep=6, schedule=schedule)
+    extractor = load(thin, 64, mode="inversion", steps=10, keep=6, schedule=schedule)
     taps = [f"{MIDDLE}#{tag}" for tag in (9, 6, 0)]
     with _watched(thin.unet) as seen, _tapped_levels(thin.unet, seen) as inverted:
-        extractor(_image(64, 64), taps)
+        extractor(picture(64, 64), taps)
     with _watched(thin.unet) as seen, _tapped_levels(thin.unet, seen) as generated:
         extractor.generate(latents=_drawn((4, 8, 8), 9), taps=taps)
     if schedule == "model":
@@ -535,22 +526,22 @@ def test_the_same_tag_has_the_same_level_in_both_directions(thin, schedule):
 
 @torch.no_grad()
 def test_inversion_ends_at_the_noisiest_step_asked_for(thin):
-    extractor = _load(thin, 64, mode="inversion")
+    extractor = load(thin, 64, mode="inversion")
     with _watched(thin.unet, {"up1": "up_blocks.1", "up3": "up_blocks.3"}) as seen:
-        extractor(_image(64, 64), [f"{MIDDLE}#45", "out@down2.res0#49"])
+        extractor(picture(64, 64), [f"{MIDDLE}#45", "out@down2.res0#49"])
     assert _each_time(seen) == [-1, 0, 20, 40, 60]
     assert len(seen.out["up1"]) == len(seen.out["up3"]) == 4  # the fifth pass ends at its deepest tap, in up1
     with _watched(thin.unet) as seen:
-        extractor(_image(64, 64), f"{MIDDLE}#49")
+        extractor(picture(64, 64), f"{MIDDLE}#49")
     assert _each_time(seen) == [-1]
     with _watched(thin.unet) as seen:
-        _load(thin, 64, mode="inversion", steps=4, keep=1).invert(_image(64, 64))
+        load(thin, 64, mode="inversion", steps=4, keep=1).invert(picture(64, 64))
     assert _each_time(seen) == [-1, 0, 250, 500]
 
 
 @torch.no_grad()
 def test_guidance_runs_twice_and_reads_the_pass_with_the_prompt(sd):
-    extractor = _load(sd, 64, mode="inversion", steps=4, keep=1, guidance=3.0, negative_prompt="blurred")
+    extractor = load(sd, 64, mode="inversion", steps=4, keep=1, guidance=3.0, negative_prompt="blurred")
     began = _drawn((4, 8, 8), 77)
     path = {"map": "up_blocks.1.resnets.1.conv2"}
     with _watched(sd.unet, path) as seen:
@@ -567,15 +558,15 @@ def test_guidance_runs_twice_and_reads_the_pass_with_the_prompt(sd):
     torch.testing.assert_close(made.latents, latents, atol=2e-5, rtol=1e-5)
     for tag in range(4):
         torch.testing.assert_close(_map(made.features[f"{MIDDLE}#{tag}"]), maps[tag], atol=2e-5, rtol=0)
-    plain = _load(sd, 64, mode="inversion", steps=4, keep=1).generate("a cat", latents=began)
+    plain = load(sd, 64, mode="inversion", steps=4, keep=1).generate("a cat", latents=began)
     assert not torch.allclose(plain.latents, made.latents, atol=1e-3)
 
 
 @torch.no_grad()
 def test_guidance_of_inversion_and_of_one_pass(sd):
-    image = _image(64, 64)
+    image = picture(64, 64)
     settings = {"guidance": 2.0, "prompt": "a cat", "negative_prompt": "a dog"}
-    extractor = _load(sd, 64, mode="inversion", steps=4, keep=1, **settings)
+    extractor = load(sd, 64, mode="inversion", steps=4, keep=1, **settings)
     with_, without = _text(sd, "a cat"), _text(sd, "a dog")
     latents = _encoded(sd, image)
     for here, there in _pairs(4, inverting=True):
@@ -583,11 +574,11 @@ def test_guidance_of_inversion_and_of_one_pass(sd):
         c = sd.unet(latents, here, encoder_hidden_states=with_).sample
         latents = _ddim(latents, u + 2.0 * (c - u), _share(here), _share(there))
     torch.testing.assert_close(extractor.invert(image), latents, **NEAR)
-    guided = _load(sd, 64, **settings)
+    guided = load(sd, 64, **settings)
     with _watched(sd.unet) as seen:
         found = guided(image, MIDDLE)
     assert len(seen.times) == 1  # nothing is carried on, so the pass without the prompt is left out
-    assert torch.equal(found.features, _load(sd, 64, prompt="a cat")(image, MIDDLE).features)
+    assert torch.equal(found.features, load(sd, 64, prompt="a cat")(image, MIDDLE).features)
 
 
 def test_the_steps_that_are_kept():
@@ -621,8 +612,8 @@ def _tap(mode: str, tap: str = MIDDLE) -> str:
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_is_its_pictures_one_by_one(sd, mode):
-    extractor = _load(sd, **MODES[mode])
-    image = _image(batch=3)
+    extractor = load(sd, **MODES[mode])
+    image = picture(batch=3)
     together = extractor(image, _tap(mode))
     for number in range(3):
         alone = extractor(image[number], _tap(mode))
@@ -635,17 +626,17 @@ def test_a_batch_is_its_pictures_one_by_one(sd, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_bits(sd, mode):
-    image, tap = _image(), _tap(mode)
-    first = _load(sd, **MODES[mode])(image, tap).features
+    image, tap = picture(), _tap(mode)
+    first = load(sd, **MODES[mode])(image, tap).features
     torch.randn(17)
-    assert torch.equal(_load(sd, **MODES[mode])(image, tap).features, first)
-    other = _load(sd, seed=1, **MODES[mode])(image, tap).features
+    assert torch.equal(load(sd, **MODES[mode])(image, tap).features, first)
+    other = load(sd, seed=1, **MODES[mode])(image, tap).features
     assert not torch.allclose(other, first, atol=1e-4)
 
 
 @torch.no_grad()
 def test_generated_pictures_differ_by_number_and_seed(sd):
-    extractor = _load(sd, (64, 64), mode="inversion", steps=2, keep=1)
+    extractor = load(sd, (64, 64), mode="inversion", steps=2, keep=1)
     three = extractor.generate(number=3)
     assert three.images.shape == (3, 3, 64, 64)
     assert three.latents.shape == (3, 4, 8, 8)
@@ -664,13 +655,13 @@ def test_generated_pictures_differ_by_number_and_seed(sd):
 @torch.no_grad()
 def test_pictures_are_generated_at_the_size_that_was_loaded(sd):
     for size in ((64, 64), 64):
-        assert _load(sd, size, steps=1, keep=1).generate().images.shape == (1, 3, 64, 64)
+        assert load(sd, size, steps=1, keep=1).generate().images.shape == (1, 3, 64, 64)
 
 
 def test_two_threads_share_a_model(sd):
-    extractor = _load(sd, ensemble=2)
-    chain = _load(sd, **MODES["inversion"])
-    images = [_image(seed=seed) for seed in range(2)]
+    extractor = load(sd, ensemble=2)
+    chain = load(sd, **MODES["inversion"])
+    images = [picture(seed=seed) for seed in range(2)]
     work = [(extractor, MIDDLE), (extractor, DEEP), (chain, f"{LAST}#1"), (chain, f"{MIDDLE}#3")]
     jobs = [(reader, image, tap) for image in images for reader, tap in work]
     alone = [reader(image, tap).features for reader, image, tap in jobs]
@@ -696,9 +687,9 @@ def test_nothing_of_the_model_is_changed(sd):
     state = torch.get_rng_state()
     grad = torch.is_grad_enabled()
     for mode, settings in MODES.items():
-        _load(sd, prompt="a cat", **settings)(_image(), [_tap(mode), _tap(mode, "key@up1.attn0")])
-    _load(sd, 64, **MODES["model"]).generate(taps=[f"{MIDDLE}#2"])
-    _load(sd, 64, **MODES["model"]).invert(_image(64, 64))
+        load(sd, prompt="a cat", **settings)(picture(), [_tap(mode), _tap(mode, "key@up1.attn0")])
+    load(sd, 64, **MODES["model"]).generate(taps=[f"{MIDDLE}#2"])
+    load(sd, 64, **MODES["model"]).invert(picture(64, 64))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled() == grad
     assert dict(sd.unet.attn_processors) == processors
@@ -717,24 +708,24 @@ def test_hooks_are_gone_after_a_failure(sd, mode):
         raise ValueError("in the way")
 
     handle = sd.unet.up_blocks[1].resnets[0].register_forward_pre_hook(fail)
-    extractor = _load(sd, **MODES[mode])
+    extractor = load(sd, **MODES[mode])
     try:
         with pytest.raises(ValueError, match="in the way"):
-            extractor(_image(), [_tap(mode), _tap(mode, LAST), _tap(mode, DEEP)])
+            extractor(picture(), [_tap(mode), _tap(mode, LAST), _tap(mode, DEEP)])
         if mode == "model":
             with pytest.raises(ValueError, match="in the way"):
                 extractor.generate(taps=[f"{MIDDLE}#1"], size=(64, 64))
         assert count_hooks(sd.unet) == 1
     finally:
         handle.remove()
-    assert extractor(_image(), _tap(mode)).features.isfinite().all()
+    assert extractor(picture(), _tap(mode)).features.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["noise", "clean"])
 def test_gradients_reach_the_image(sd, mode):
     settings = {"time": 261, "mode": mode}
-    image = _image().requires_grad_()
-    found = _load(sd, **settings)(image, MIDDLE)
+    image = picture().requires_grad_()
+    found = load(sd, **settings)(image, MIDDLE)
     (found.features**2).mean().backward()
     got, image.grad = image.grad, None
     latents = _encoded(sd, image)
@@ -749,15 +740,15 @@ def test_gradients_reach_the_image(sd, mode):
     assert image.grad.abs().max() > 0
     torch.testing.assert_close(got, image.grad, atol=1e-6 * float(image.grad.abs().max()) + 1e-9, rtol=1e-3)
     with torch.no_grad():
-        assert not _load(sd, **settings)(image, MIDDLE).features.requires_grad
-    assert not _load(sd, **settings)(image.detach(), MIDDLE).features.requires_grad
+        assert not load(sd, **settings)(image, MIDDLE).features.requires_grad
+    assert not load(sd, **settings)(image.detach(), MIDDLE).features.requires_grad
 
 
 def test_gradients_do_not_go_through_an_inversion(sd):
-    extractor = _load(sd, **MODES["inversion"])
+    extractor = load(sd, **MODES["inversion"])
     assert not extractor.differentiable
-    assert _load(sd).differentiable
-    image = _image().requires_grad_()
+    assert load(sd).differentiable
+    image = picture().requires_grad_()
     with pytest.raises(
         vf.ConfigError, match=r"images without gradients in mode 'inversion', .*use mode='noise' or 'clean', or detach"
     ):
@@ -769,8 +760,8 @@ def test_gradients_do_not_go_through_an_inversion(sd):
 
 @torch.no_grad()
 def test_bfloat16_is_near(sd):
-    image = _image()
-    exact = _load(sd)(image, MIDDLE).features
+    image = picture()
+    exact = load(sd)(image, MIDDLE).features
     found = vf.load_extractor(denoiser(sd), size=(64, 128), dtype="bfloat16", diffusion=DiffusionConfig())(
         image, MIDDLE
     )
@@ -782,13 +773,13 @@ def test_bfloat16_is_near(sd):
 @torch.no_grad()
 @pytest.mark.usefixtures("as_a_user")
 def test_weights_of_half_precision_work_or_say_what_to_do():
-    exact = _load(diffusions.sd_pipeline())(_image(), MIDDLE).features
+    exact = load(diffusions.sd_pipeline())(picture(), MIDDLE).features
     pipe = diffusions.sd_pipeline()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.half()
-    extractor = _load(pipe)
+    extractor = load(pipe)
     try:
-        found = extractor(_image(), MIDDLE).features
+        found = extractor(picture(), MIDDLE).features
     except vf.ConfigError as error:
         assert "weights that can run on cpu, got float16" in str(error)  # noqa: PT017
         assert ".float()" in str(error)  # noqa: PT017
@@ -800,35 +791,35 @@ def test_weights_of_half_precision_work_or_say_what_to_do():
 
 @torch.no_grad()
 def test_another_size_and_another_way_of_the_same_network(sd):
-    extractor = _load(sd, 64)
+    extractor = load(sd, 64)
     wide = extractor.resized(size=(64, 128))
     assert wide.model is extractor.model
-    assert torch.equal(wide(_image(), MIDDLE).features, _load(sd)(_image(), MIDDLE).features)
+    assert torch.equal(wide(picture(), MIDDLE).features, load(sd)(picture(), MIDDLE).features)
     chain = extractor.reading(DiffusionConfig(**MODES["inversion"]))
     assert chain.model is extractor.model
     assert extractor.diffusion.mode == "noise"
-    expected = _load(sd, 64, **MODES["inversion"])(_image(64, 64), f"{MIDDLE}#1")
-    assert torch.equal(chain(_image(64, 64), f"{MIDDLE}#1").features, expected.features)
+    expected = load(sd, 64, **MODES["inversion"])(picture(64, 64), f"{MIDDLE}#1")
+    assert torch.equal(chain(picture(64, 64), f"{MIDDLE}#1").features, expected.features)
     assert repr(extractor) == "DiffusionExtractor(UNet2DConditionModel: size 64, stride 64, float32 on cpu)"
 
 
 @torch.no_grad()
 def test_the_default_tap_fits_the_way_of_reading(sd):
-    image = _image(64, 64)
-    chain = _load(sd, 64, mode="inversion", steps=10, keep=6)  # keeps 9, 8, 6, 4, 2, 0
+    image = picture(64, 64)
+    chain = load(sd, 64, mode="inversion", steps=10, keep=6)  # keeps 9, 8, 6, 4, 2, 0
     assert chain.card.default_tap == "out@up1#4"
     assert str(chain(image).tap) == "out@up1#4"
     assert str(chain.reading(DiffusionConfig())(image).tap) == "out@up1"
-    other = _load(sd, 64).reading(DiffusionConfig(mode="inversion", steps=4, keep=1))
+    other = load(sd, 64).reading(DiffusionConfig(mode="inversion", steps=4, keep=1))
     assert str(other(image).tap) == "out@up1#3"
 
 
 @torch.no_grad()
 def test_one_step_needs_no_name(sd):
-    extractor = _load(sd, 64, mode="inversion", steps=1, keep=1)
-    found = extractor(_image(64, 64), [MIDDLE, f"{MIDDLE}#0"])
+    extractor = load(sd, 64, mode="inversion", steps=1, keep=1)
+    found = extractor(picture(64, 64), [MIDDLE, f"{MIDDLE}#0"])
     assert torch.equal(found[MIDDLE].features, found[f"{MIDDLE}#0"].features)
-    clean = _load(sd, 64, mode="clean", time=-1)(_image(64, 64), MIDDLE)
+    clean = load(sd, 64, mode="clean", time=-1)(picture(64, 64), MIDDLE)
     assert torch.equal(found[MIDDLE].features, clean.features)
 
 
@@ -836,7 +827,7 @@ def test_one_step_needs_no_name(sd):
 
 
 def test_taps_that_do_not_exist(sd, sdxl):
-    extractor, image = _load(sd), _image()
+    extractor, image = load(sd), picture()
     for tap, kind, told in (
         ("residual@up1.res3", vf.TapError, r"a layer of UNet2DConditionModel, got 'up1.res3'. Did you mean 'up1.res"),
         ("out@layer3", vf.TapError, r"got 'layer3'. Known: down0, down0.attn0, "),
@@ -854,7 +845,7 @@ def test_taps_that_do_not_exist(sd, sdxl):
         with pytest.raises(kind, match=told):
             extractor(image, tap)
     with pytest.raises(vf.TapError, match=r"transformer_blocks.* has no '3'; it has 0, 1, 2"):
-        _load(sdxl, 32)(_image(32, 32), "key@mid.attn0.block3")
+        load(sdxl, 32)(picture(32, 32), "key@mid.attn0.block3")
     with pytest.raises(vf.UnknownFacetError, match=r"expected a model with attention over tokens"):
         extractor.attention(image, 1)
 
@@ -863,18 +854,18 @@ def test_facets_that_a_model_has_not():
     pipe = diffusions.ddpm(
         down_block_types=("DownBlock2D",) * 4, up_block_types=("UpBlock2D",) * 4, add_attention=False
     )
-    extractor = _load(pipe, 32)
+    extractor = load(pipe, 32)
     assert not any("attn" in name for name in extractor.layers)
     for tap in ("key@0", "query@-1"):
         with pytest.raises(vf.UnknownFacetError, match=r"got '(key|query)': no layer of it has one; try 'out@up1'"):
-            extractor(_image(32, 32), tap)
+            extractor(picture(32, 32), tap)
     with pytest.raises(vf.TapError, match=r"a layer without further blocks, got 'mid.attn0.block1'; try 'mid.attn0'"):
-        _load(diffusions.ddpm(), 32)(_image(32, 32), "key@mid.attn0.block1")
+        load(diffusions.ddpm(), 32)(picture(32, 32), "key@mid.attn0.block1")
 
 
 def test_steps_that_do_not_fit(sd):
-    image = _image(64, 64)
-    chain = _load(sd, 64, mode="inversion", steps=10, keep=6)
+    image = picture(64, 64)
+    chain = load(sd, 64, mode="inversion", steps=10, keep=6)
     told = r"a tap with a step from 0 \(noise\) to 9 \(clean\), got '{}'; for example 'residual@up1.res1#5'"
     with pytest.raises(vf.TapError, match=told.format(MIDDLE)):
         chain(image, MIDDLE)
@@ -885,20 +876,20 @@ def test_steps_that_do_not_fit(sd):
             vf.TapError,
             match=rf"a tap without a step in mode '{mode}', got 'residual@up1.res1#3'; load with diffusion=Diff",
         ):
-            _load(sd, 64, mode=mode)(image, f"{MIDDLE}#3")
+            load(sd, 64, mode=mode)(image, f"{MIDDLE}#3")
     with pytest.raises(vf.TapError, match=told.format(MIDDLE)):
-        _load(sd, 64, steps=10, keep=6).generate(taps=[MIDDLE])  # generation has steps in every mode
+        load(sd, 64, steps=10, keep=6).generate(taps=[MIDDLE])  # generation has steps in every mode
     assert chain(image, f"{MIDDLE}#9").features.isfinite().all()
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(sd):
     prompt = "cat " * 30 + "with a hat"
     with pytest.warns(UserWarning, match="the prompt has") as caught:
-        found = _load(sd, 64, prompt=prompt)(_image(64, 64), MIDDLE)
+        found = load(sd, 64, prompt=prompt)(picture(64, 64), MIDDLE)
     (told,) = [str(one.message) for one in caught if "the prompt has" in str(one.message)]
     # Spelled letter by letter: 90 letters of cats, 8 of the rest, a start and an end; 77 are read, so 75 letters.
     assert told.startswith("the prompt has 100 tokens and the model reads 77; cut off: 'cat cat cat cat cat with a hat")
-    cut = _load(sd, 64, prompt="cat " * 25)(_image(64, 64), MIDDLE)
+    cut = load(sd, 64, prompt="cat " * 25)(picture(64, 64), MIDDLE)
     assert torch.equal(found.features, cut.features)
 
 
@@ -907,33 +898,33 @@ def test_guidance_and_prompts_without_text(sd, ddpm):
     with pytest.raises(
         vf.ConfigError, match=r"a model with a text encoder for guidance, but UNet2DModel has none; leave guidance=None"
     ):
-        _load(ddpm, 32, guidance=7.5)
+        load(ddpm, 32, guidance=7.5)
     with pytest.raises(vf.ConfigError, match=r"a text encoder for guidance, but UNet2DConditionModel has none"):
-        _load(alone, 32, guidance=7.5)
+        load(alone, 32, guidance=7.5)
     with pytest.raises(vf.ConfigError, match=r"expected no prompt for a model without text, got 'a cat'"):
-        _load(ddpm, 32, prompt="a cat")(_image(32, 32), MIDDLE)
+        load(ddpm, 32, prompt="a cat")(picture(32, 32), MIDDLE)
     with pytest.raises(
         vf.ConfigError, match=r"a text encoder for the prompt 'a cat', got a U-Net alone; pass the whole pipeline, or"
     ):
-        _load(alone, 32, prompt="a cat")(_image(32, 32), MIDDLE)
+        load(alone, 32, prompt="a cat")(picture(32, 32), MIDDLE)
     with pytest.raises(vf.ConfigError, match=r"expected no prompt"):
-        _load(ddpm, 32, steps=2, keep=1).generate("a cat")
+        load(ddpm, 32, steps=2, keep=1).generate("a cat")
 
 
 @torch.no_grad()
 def test_a_conditional_unet_alone_is_told_nothing():
     unet = diffusions.sd_unet(in_channels=3, out_channels=3)
-    image = _image(32, 32)
+    image = picture(32, 32)
     path = {MIDDLE: "up_blocks.1.resnets.1.conv2"}
     with _watched(unet, path) as seen:
-        found = _load(unet, 32, mode="clean", time=0)(image, MIDDLE)
+        found = load(unet, 32, mode="clean", time=0)(image, MIDDLE)
         unet(image * 2 - 1, 0, encoder_hidden_states=torch.zeros(1, 77, 16))
     torch.testing.assert_close(_map(found), seen.out[MIDDLE][1], **NEAR)
 
 
 @pytest.mark.usefixtures("as_a_user")
 def test_latents_that_do_not_fit(sd):
-    extractor = _load(sd, 64, steps=2, keep=1)
+    extractor = load(sd, 64, steps=2, keep=1)
     for shape in ((1, 4, 12, 8), (1, 3, 8, 8), (4, 8, 8), (1, 4, 4, 8), (1, 4, 0, 8)):
         with pytest.raises(vf.ShapeError) as told:
             extractor.generate(latents=torch.zeros(shape))
@@ -943,7 +934,7 @@ def test_latents_that_do_not_fit(sd):
 
 
 def test_sizes_that_the_unet_cannot_take(sd):
-    extractor = _load(sd, 64, steps=2, keep=1)
+    extractor = load(sd, 64, steps=2, keep=1)
     for size in ((100, 64), (64, 32), (0, 64)):
         with pytest.raises(vf.ShapeError) as told:
             extractor.generate(size=size)
@@ -953,18 +944,18 @@ def test_sizes_that_the_unet_cannot_take(sd):
     finer = replace(extractor.card, patch=8, name="mine")
     reader = vf.load_extractor(denoiser(sd), size=(72, 64), card=finer)
     with pytest.raises(vf.ShapeError, match=r"multiples of 64 pixels for mine, got \(72, 64\) \(height, width\)"):
-        reader(_image(64, 64), MIDDLE)
+        reader(picture(64, 64), MIDDLE)
     # Else sizes are snapped to what it can take.
-    assert extractor(_image(70, 50), MIDDLE).grid.network_size == (64, 64)
+    assert extractor(picture(70, 50), MIDDLE).grid.network_size == (64, 64)
     with pytest.raises(vf.ShapeError, match="64"):
-        _load(sd, 16)
+        load(sd, 16)
 
 
 def test_there_is_no_stride(sd):
     with pytest.raises(vf.ConfigError, match=r"expected no stride for UNet2DConditionModel, got 32: its layers have"):
         vf.load_extractor(denoiser(sd), size=64, stride=32)
     with pytest.raises(vf.ConfigError, match=r"expected no stride for UNet2DConditionModel, got 32"):
-        _load(sd, 64).resized(stride=32)(_image(64, 64), MIDDLE)
+        load(sd, 64).resized(stride=32)(picture(64, 64), MIDDLE)
     for name in ("norm", "norm_qk"):
         with pytest.raises(vf.ConfigError, match=rf"expected settings that UNet2DConditionModel knows, got {name}=Tru"):
             vf.load_extractor(denoiser(sd), **{name: True})
@@ -975,30 +966,30 @@ def test_there_is_no_stride(sd):
 def test_levels_that_the_model_has_not(sd):
     told = "expected at most the 1000 levels of noise of UNet2DConditionModel, got "
     with pytest.raises(vf.ConfigError, match=f"{told}time=1000"):
-        _load(sd, time=1000)
+        load(sd, time=1000)
     with pytest.raises(vf.ConfigError, match=f"{told}1001 steps"):
-        _load(sd, mode="inversion", steps=1001, keep=1)
-    assert _load(sd, time=999).diffusion.time == 999
+        load(sd, mode="inversion", steps=1001, keep=1)
+    assert load(sd, time=999).diffusion.time == 999
     for settings in ({"time": 1000}, {"mode": "inversion", "steps": 1001, "keep": 1}):
         with pytest.raises(vf.ConfigError, match=told):
-            _load(sd).reading(DiffusionConfig(**settings))
+            load(sd).reading(DiffusionConfig(**settings))
 
 
 def test_only_the_settings_that_are_used_must_fit_the_levels():
     """A model of 100 levels: inversion does not use the time of the usual settings, nor one pass their steps."""
     pipe = diffusions.ddpm()
     pipe.scheduler = type(pipe.scheduler)(num_train_timesteps=100)
-    assert _load(pipe, 32, mode="inversion", steps=4, keep=1).diffusion.steps == 4
+    assert load(pipe, 32, mode="inversion", steps=4, keep=1).diffusion.steps == 4
     pipe.scheduler = type(pipe.scheduler)(num_train_timesteps=20)
-    assert _load(pipe, 32, mode="clean", time=3)(_image(32, 32), MIDDLE).features.isfinite().all()
+    assert load(pipe, 32, mode="clean", time=3)(picture(32, 32), MIDDLE).features.isfinite().all()
 
 
 @pytest.mark.usefixtures("as_a_user")
 def test_settings_that_no_model_could_use():
     for settings, told in (
-        ({"mode": "noisy"}, r"expected mode of 'noise', 'clean', 'inversion', got 'noisy'"),
-        ({"schedule": "ddpm"}, r"expected schedule of 'hyperfeatures', 'model', got 'ddpm'"),
-        ({"latent": "mode"}, r"expected latent of 'sample', 'mean', got 'mode'"),
+        ({"mode": "noisy"}, r"expected mode 'noise', 'clean' or 'inversion', got 'noisy'"),
+        ({"schedule": "ddpm"}, r"expected schedule 'hyperfeatures' or 'model', got 'ddpm'"),
+        ({"latent": "mode"}, r"expected latent 'sample' or 'mean', got 'mode'"),
         ({"time": -1}, r"a time of at least 0 in mode 'noise', got -1; -1 is for mode 'clean'"),
         ({"time": -2, "mode": "clean"}, "time"),
         ({"ensemble": 0}, "ensemble"),
@@ -1016,21 +1007,21 @@ def test_settings_that_no_model_could_use():
 
 def test_fused_projections_are_refused():
     pipe = diffusions.sd_pipeline()
-    extractor = _load(pipe, 64)
+    extractor = load(pipe, 64)
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(
         vf.ConfigError, match=r"a U-Net with separate projections; call unet.unfuse_qkv_projections\(\) first"
     ):
-        _load(pipe, 64)
+        load(pipe, 64)
     with pytest.raises(vf.TapError, match=r"attn1.to_k' to run in the forward pass, but it never did; .*fused project"):
-        extractor(_image(64, 64), "key@up1.attn0")
+        extractor(picture(64, 64), "key@up1.attn0")
     assert count_hooks(pipe.unet) == 0
     pipe.unet.unfuse_qkv_projections()
-    assert _load(pipe, 64)(_image(64, 64), "key@up1.attn0").features.isfinite().all()
+    assert load(pipe, 64)(picture(64, 64), "key@up1.attn0").features.isfinite().all()
 
 
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("settings", [{"number": 0}, {"number": -1}, {"seed": -1}])
 def test_nothing_to_generate(sd, settings):
     with pytest.raises(vf.VitFeatsError, match=next(iter(settings))):
-        _load(sd, 64, steps=2, keep=1).generate(**settings)
+        load(sd, 64, steps=2, keep=1).generate(**settings)

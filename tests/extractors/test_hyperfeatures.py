@@ -6,6 +6,7 @@ import diffusions
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusions import load, picture
 from torch import Tensor
 
 import vitfeats as vf
@@ -35,29 +36,8 @@ def ddpm() -> Any:
     return diffusions.ddpm()
 
 
-def _image(height: int = 64, width: int = 128, batch: int = 1, seed: int = 0) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def _load(pipe: Any, size: Any = (64, 128), **settings: Any) -> DiffusionExtractor:
-    found = vf.load_extractor(denoiser(pipe), size=size, diffusion=DiffusionConfig(**settings))
-    assert isinstance(found, DiffusionExtractor)
-    return found
-
-
 def _weights(steps: int = 3, dims: list[int] = DIMS, dim: int = DIM, seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights with the names and shapes of the published files."""
-    shapes: dict[str, tuple[int, ...]] = {"mixing_weights": (steps * len(dims),)}
-    for layer, channels in enumerate(dims):
-        parts = {"conv1": (dim // 4, channels, 1), "conv2": (dim // 4, dim // 4, 3), "conv3": (dim, dim // 4, 1)}
-        if channels != dim:
-            parts["shortcut"] = (dim, channels, 1)
-        for part, (after, before, side) in parts.items():
-            key = f"bottleneck_layers.{layer}.0.{part}"
-            shapes[f"{key}.weight"] = (after, before, side, side)
-            shapes[f"{key}.norm.weight"] = shapes[f"{key}.norm.bias"] = (after,)
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) * 0.5 for key, shape in shapes.items()}
+    return diffusions.published_aggregation(dims, steps, dim, seed, spread=0.5)
 
 
 def _net(steps: tuple[int, ...] = STEPS, dims: list[int] = DIMS, **weights: Any) -> AggregationNetwork:
@@ -118,8 +98,8 @@ def _same(found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", ["hyperfeatures", "model"])
 def test_streaming_equals_all_maps_read_first(sd, schedule):
-    image, weights = _image(batch=2), _weights()
-    reader = _load(sd, schedule=schedule, **CHAIN)
+    image, weights = picture(batch=2), _weights()
+    reader = load(sd, schedule=schedule, **CHAIN)
     network = _net()
     extractor = HyperfeatureExtractor.of(reader, network)
     found = extractor(image)
@@ -133,8 +113,8 @@ def test_streaming_equals_all_maps_read_first(sd, schedule):
 
 @torch.no_grad()
 def test_a_coarser_cell(sd):
-    image, weights = _image(), _weights()
-    reader = _load(sd, **CHAIN)
+    image, weights = picture(), _weights()
+    reader = load(sd, **CHAIN)
     found = HyperfeatureExtractor.of(reader, _net(), cell=16)(image)
     assert (found.grid.rows, found.grid.cols, found.grid.stride) == (4, 8, 16)
     _same(_map(found), _mixed(weights, _maps(reader, image, STEPS), (4, 8)))
@@ -143,8 +123,8 @@ def test_a_coarser_cell(sd):
 @torch.no_grad()
 def test_one_step_is_one_clean_pass(sd):
     """Published with one step: the U-Net at level -1 on the picture without noise."""
-    image, network = _image(), _net((0,))
-    reader = _load(sd, mode="clean", time=-1)
+    image, network = picture(), _net((0,))
+    reader = load(sd, mode="clean", time=-1)
     maps = _maps(reader, image, (None,))
     expected = _mixed(_weights(1), maps, (8, 16))
     _same(_map(HyperfeatureExtractor.of(reader, network)(image)), expected)
@@ -152,15 +132,15 @@ def test_one_step_is_one_clean_pass(sd):
     alone = HyperfeatureExtractor(model, card_for(reader.card, DIM), reader.preprocess)
     assert alone.diffusion == DiffusionConfig.preset("hyperfeatures-one-step")
     _same(_map(alone(image)), expected)
-    as_a_chain = _load(sd, mode="inversion", steps=1, keep=1)
+    as_a_chain = load(sd, mode="inversion", steps=1, keep=1)
     _same(_map(HyperfeatureExtractor.of(as_a_chain, network)(image)), expected)
 
 
 @torch.no_grad()
 def test_a_clean_pass_that_says_it_has_one_step(sd):
     """As the published settings do: num_timesteps 1."""
-    image, network = _image(), _net((0,))
-    reader = _load(sd, mode="clean", time=-1, steps=1, keep=1)
+    image, network = picture(), _net((0,))
+    reader = load(sd, mode="clean", time=-1, steps=1, keep=1)
     _same(
         _map(HyperfeatureExtractor.of(reader, network)(image)),
         _mixed(_weights(1), _maps(reader, image, (None,)), (8, 16)),
@@ -169,19 +149,19 @@ def test_a_clean_pass_that_says_it_has_one_step(sd):
 
 @torch.no_grad()
 def test_an_ensemble_is_averaged_before_it_is_aggregated(sd):
-    image, network = _image(batch=2), _net((0,))
-    reader = _load(sd, ensemble=3)
+    image, network = picture(batch=2), _net((0,))
+    reader = load(sd, ensemble=3)
     found = HyperfeatureExtractor.of(reader, network)(image, [ALL, "out@raw", "out@pruned"])
     maps = _maps(reader, image, (None,))
     _same(_map(found[ALL]), _mixed(_weights(1), maps, (8, 16)))
-    one = _map(HyperfeatureExtractor.of(_load(sd), network)(image))
+    one = _map(HyperfeatureExtractor.of(load(sd), network)(image))
     assert not torch.allclose(one, _map(found[ALL]), atol=1e-3)
 
 
 @torch.no_grad()
 def test_the_other_rows_of_the_table(sd):
-    image, network, weights = _image(batch=2), _net(), _weights()
-    reader = _load(sd, **CHAIN)
+    image, network, weights = picture(batch=2), _net(), _weights()
+    reader = load(sd, **CHAIN)
     extractor = HyperfeatureExtractor.of(reader, network)
     found = extractor(image, [ALL, "out@pruned", "out@raw", "out@concatenation"])
     maps = _maps(reader, image, STEPS)
@@ -202,7 +182,7 @@ def test_the_pruned_row_needs_no_more_than_its_step(sd):
     network.mixing_weights[1] = 9.0  # the cleanest step: inversion's first
     calls: list[int] = []
     handle = sd.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    HyperfeatureExtractor.of(_load(sd, **CHAIN), network)(_image(), ["out@pruned", "out@raw"])
+    HyperfeatureExtractor.of(load(sd, **CHAIN), network)(picture(), ["out@pruned", "out@raw"])
     handle.remove()
     assert len(calls) == 1
 
@@ -211,7 +191,7 @@ def test_the_pruned_row_needs_no_more_than_its_step(sd):
 def test_generation_with_an_aggregation_made_for_inversion(sd):
     """The steps have the same names in both directions, so each finds its own weights."""
     began = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    reader, weights = _load(sd, (64, 64), **CHAIN), _weights()
+    reader, weights = load(sd, (64, 64), **CHAIN), _weights()
     extractor = HyperfeatureExtractor.of(reader, _net())
     made = extractor.generate(latents=began, taps=[ALL, "out@concatenation"])
     plain = reader.generate(latents=began, taps=[f"residual@{name}#{step}" for step in STEPS for name in NAMES])
@@ -229,7 +209,7 @@ def test_generation_with_an_aggregation_made_for_inversion(sd):
 @pytest.mark.parametrize("mode", ["clean", "noise"])
 def test_generation_needs_steps(sd, mode):
     """An aggregation of one pass has no step of a chain to be read at: an error of our own, or its one step."""
-    extractor = HyperfeatureExtractor.of(_load(sd, (64, 64), mode=mode), _net((0,)))
+    extractor = HyperfeatureExtractor.of(load(sd, (64, 64), mode=mode), _net((0,)))
     try:
         made = extractor.generate()
     except vf.VitFeatsError as error:
@@ -240,33 +220,33 @@ def test_generation_needs_steps(sd, mode):
 
 @torch.no_grad()
 def test_resized_and_read_in_another_way(sd):
-    extractor = HyperfeatureExtractor.of(_load(sd, 64, **CHAIN), _net())
+    extractor = HyperfeatureExtractor.of(load(sd, 64, **CHAIN), _net())
     wide = extractor.resized(size=(64, 128))
     assert wide.model is extractor.model
-    expected = HyperfeatureExtractor.of(_load(sd, **CHAIN), _net())(_image())
-    assert torch.equal(wide(_image()).features, expected.features)
-    assert extractor(_image(64, 64)).grid.network_size == (64, 64)
+    expected = HyperfeatureExtractor.of(load(sd, **CHAIN), _net())(picture())
+    assert torch.equal(wide(picture()).features, expected.features)
+    assert extractor(picture(64, 64)).grid.network_size == (64, 64)
     other = extractor.reading(DiffusionConfig(seed=4, **CHAIN))
-    direct = HyperfeatureExtractor.of(_load(sd, 64, seed=4, **CHAIN), _net())(_image(64, 64))
-    assert torch.equal(other(_image(64, 64)).features, direct.features)
+    direct = HyperfeatureExtractor.of(load(sd, 64, seed=4, **CHAIN), _net())(picture(64, 64))
+    assert torch.equal(other(picture(64, 64)).features, direct.features)
     with pytest.raises(vf.ConfigError, match="no stride"):
-        extractor.resized(stride=32)(_image(64, 64))
+        extractor.resized(stride=32)(picture(64, 64))
 
 
 @torch.no_grad()
 def test_pixel_models_are_read_at_two_pixels_a_cell(ddpm):
     dims = [ddpm.unet.get_submodule(f"up_blocks.{n // 3}.resnets.{n % 3}.conv2").out_channels for n in range(12)]
-    reader = _load(ddpm, (32, 48), **CHAIN)
-    found = HyperfeatureExtractor.of(reader, _net(dims=dims))(_image(32, 48))
+    reader = load(ddpm, (32, 48), **CHAIN)
+    found = HyperfeatureExtractor.of(reader, _net(dims=dims))(picture(32, 48))
     assert (found.grid.rows, found.grid.cols, found.grid.stride) == (16, 24, 2)
     assert list(layer_channels(reader.model).items()) == list(zip(NAMES, dims, strict=True))
-    _same(_map(found), _mixed(_weights(dims=dims), _maps(reader, _image(32, 48), STEPS), (16, 24)))
+    _same(_map(found), _mixed(_weights(dims=dims), _maps(reader, picture(32, 48), STEPS), (16, 24)))
 
 
 @torch.no_grad()
 def test_laws_of_every_extractor(sd):
-    image = _image(batch=2)
-    extractor = HyperfeatureExtractor.of(_load(sd, **CHAIN), _net())
+    image = picture(batch=2)
+    extractor = HyperfeatureExtractor.of(load(sd, **CHAIN), _net())
     state = torch.get_rng_state()
     together = extractor(image)
     for number in range(2):
@@ -284,8 +264,8 @@ def test_laws_of_every_extractor(sd):
 
 
 def test_gradients_reach_the_image_in_one_pass(sd):
-    image = _image().requires_grad_()
-    reader = _load(sd, mode="clean", time=-1)
+    image = picture().requires_grad_()
+    reader = load(sd, mode="clean", time=-1)
     extractor = HyperfeatureExtractor.of(reader, _net((0,)))
     assert extractor.differentiable
     (extractor(image).features ** 2).mean().backward()
@@ -293,7 +273,7 @@ def test_gradients_reach_the_image_in_one_pass(sd):
     (_mixed(_weights(1), _maps(reader, image, (None,)), (8, 16)) ** 2).mean().backward()
     assert image.grad.abs().max() > 0
     torch.testing.assert_close(got, image.grad, atol=1e-5 * float(image.grad.abs().max()), rtol=1e-3)
-    chain = HyperfeatureExtractor.of(_load(sd, **CHAIN), _net())
+    chain = HyperfeatureExtractor.of(load(sd, **CHAIN), _net())
     assert not chain.differentiable
     with pytest.raises(vf.ConfigError, match="images without gradients in mode 'inversion'"):
         chain(image)
@@ -305,7 +285,7 @@ def test_networks_that_do_not_fit(sd):
     with pytest.raises(vf.ConfigError, match=r"expected an aggregation for 16 channels at layer 'up2.res1', got 24"):
         HyperfeatureModel(model, _net(dims=wrong))
     with pytest.raises(vf.ConfigError, match=r"expected an aggregation of 12 layers for this model, got one of 11"):
-        HyperfeatureExtractor.of(_load(sd, **CHAIN), _net(dims=DIMS[:-1]))
+        HyperfeatureExtractor.of(load(sd, **CHAIN), _net(dims=DIMS[:-1]))
     names = [name for name in find_layers(sd.unet) if name in NAMES]
     state = {"config": {"save_timestep": [0], "groups": GROUPS}, "aggregation_network": _weights(1, wrong)}
     with pytest.raises(vf.ConfigError, match=r"expected layer up2.res1 with 16 channels"):
@@ -315,17 +295,17 @@ def test_networks_that_do_not_fit(sd):
 def test_steps_that_do_not_fit(sd):
     told = r"expected settings with the steps that the aggregation was made for, \({}\), got mode '{}' with {} steps; "
     with pytest.raises(vf.ConfigError, match=told.format("3, 2, 0", "clean", 50) + "leave diffusion=None for its own"):
-        HyperfeatureExtractor.of(_load(sd, mode="clean"), _net())
+        HyperfeatureExtractor.of(load(sd, mode="clean"), _net())
     with pytest.raises(vf.ConfigError, match=told.format("3, 2, 0", "inversion", 3)):
-        HyperfeatureExtractor.of(_load(sd, mode="inversion", steps=3, keep=1), _net())
+        HyperfeatureExtractor.of(load(sd, mode="inversion", steps=3, keep=1), _net())
     with pytest.raises(vf.ConfigError, match=told.format("3, 2, 0", "noise", 50)):
-        HyperfeatureExtractor.of(_load(sd, **CHAIN), _net()).reading(DiffusionConfig())
+        HyperfeatureExtractor.of(load(sd, **CHAIN), _net()).reading(DiffusionConfig())
     with pytest.raises(vf.ConfigError, match=r"expected a cell that divides 64 pixels, got 3"):
-        HyperfeatureExtractor.of(_load(sd, **CHAIN), _net(), cell=3)
+        HyperfeatureExtractor.of(load(sd, **CHAIN), _net(), cell=3)
 
 
 def test_taps_that_do_not_exist(sd):
-    extractor = HyperfeatureExtractor.of(_load(sd, **CHAIN), _net())
+    extractor = HyperfeatureExtractor.of(load(sd, **CHAIN), _net())
     for tap, kind, told in (
         ("out@hyperfeature", vf.TapError, r"got 'hyperfeature'. Did you mean 'hyperfeatures'"),
         (
@@ -338,4 +318,4 @@ def test_taps_that_do_not_exist(sd):
         ("out@9", vf.TapError, "expected a layer from 0 to 3"),
     ):
         with pytest.raises(kind, match=told):
-            extractor(_image(), tap)
+            extractor(picture(), tap)

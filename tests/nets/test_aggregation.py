@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusions import published_aggregation
 from torch import Tensor, nn
 
 from vitfeats.errors import ConfigError, ShapeError
@@ -28,18 +29,7 @@ def _net(dims=DIMS, steps=STEPS, *, seed: int = 0, **settings) -> AggregationNet
 
 
 def _published(dims=DIMS, steps: int = len(STEPS), dim: int = 16, seed: int = 0) -> dict[str, Tensor]:
-    """Return weights with the names and shapes of the published files, all of them random."""
-    shapes: dict[str, tuple[int, ...]] = {"mixing_weights": (steps * len(dims),)}
-    for layer, channels in enumerate(dims):
-        parts = {"conv1": (dim // 4, channels, 1), "conv2": (dim // 4, dim // 4, 3), "conv3": (dim, dim // 4, 1)}
-        if channels != dim:
-            parts["shortcut"] = (dim, channels, 1)
-        for part, (after, before, side) in parts.items():
-            key = f"bottleneck_layers.{layer}.0.{part}"
-            shapes[f"{key}.weight"] = (after, before, side, side)
-            shapes[f"{key}.norm.weight"] = shapes[f"{key}.norm.bias"] = (after,)
-    generator = _rng(seed)
-    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    return published_aggregation(dims, steps, dim, seed)
 
 
 def _filled(**settings) -> AggregationNetwork:

@@ -1,6 +1,5 @@
 """The extractor for diffusion models: features of real pictures by noise or inversion, of new ones as they form."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from vitfeats.extractors.base import Extractor
 from vitfeats.extractors.conv import joined
 from vitfeats.grid import Frame, PatchGrid, Size
 from vitfeats.hooks import Probe, capture, find_module
+from vitfeats.nets.chains import chain_of
 from vitfeats.nets.denoiser import Denoiser
 from vitfeats.preprocess import Images, Prepared, Preprocess
 from vitfeats.taps import Reading, Tap
@@ -370,7 +370,7 @@ class DiffusionExtractor(Extractor):
         inverting: bool,
     ) -> Iterator[Tensor]:
         """Yield the latents after each step. Inverting ends at the last step that is tapped, if any is."""
-        chain = _chain_of(self.diffusion, self.model, inverting)
+        chain = chain_of(self.diffusion, self.model, inverting)
         tags = [tag for tag, _ in chain.visits]
         deepest = max((tags.index(int(tap.step or 0)) for tap in taps), default=len(tags) - 1)
         stops = inverting and bool(taps)
@@ -506,70 +506,6 @@ def find_layers(unet: nn.Module) -> dict[str, str]:
 def hyperfeature_layers(layers: Mapping[str, str]) -> tuple[str, ...]:
     """Return the residual blocks on the way up: the layers that Diffusion Hyperfeatures aggregates."""
     return tuple(name for name in layers if name.startswith("up") and ".res" in name)
-
-
-# The chains -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """The steps of a chain.
-
-    Attributes:
-        visits: (tag, level that the U-Net is told) of each step, in the order of the chain.
-        advance: ``advance(number of the step, prediction, latents)`` returns the next latents.
-    """
-
-    visits: tuple[tuple[int, int], ...]
-    advance: Callable[[int, Tensor, Tensor], Tensor]
-
-
-def _chain_of(config: DiffusionConfig, model: Denoiser, inverting: bool) -> _Chain:
-    make = _published_chain if config.schedule == "hyperfeatures" else _library_chain
-    return make(config.steps, model, inverting)
-
-
-def _published_chain(steps: int, model: Denoiser, inverting: bool) -> _Chain:
-    """Levels 0, s, 2s, … and -1 below them; a step inverting sees the level it comes from (the first: -1)."""
-    levels = len(model.kept)
-    above = [number * (levels // steps) for number in range(steps)]
-    below = [-1, *above[:-1]]
-    pairs = list(zip(below, above, strict=True)) if inverting else list(zip(above, below, strict=True))[::-1]
-    tags = range(steps)[::-1] if inverting else range(steps)
-
-    def share(level: int) -> Tensor:
-        return model.kept[level] if level >= 0 else torch.ones_like(model.kept[0])
-
-    def advance(number: int, said: Tensor, latents: Tensor) -> Tensor:
-        here, there = (share(level) for level in pairs[number])
-        noise = model.as_noise(said, latents, here)
-        clean = (latents - (1 - here).sqrt() * noise) / here.sqrt()
-        return there.sqrt() * clean + (1 - there).sqrt() * noise  # DDIM, equation 12, without new noise
-
-    return _Chain(tuple(zip(tags, (here for here, _ in pairs), strict=True)), advance)
-
-
-def _library_chain(steps: int, model: Denoiser, inverting: bool) -> _Chain:
-    """The chain of diffusers' schedulers. They hold the steps of one run, so each run gets its own."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
-
-    kind = DDIMInverseScheduler if inverting else DDIMScheduler
-    known = inspect.signature(kind.__init__).parameters
-    settings = {name: value for name, value in model.schedule.items() if name in known}
-    # Schedulers of other kinds do not say these: latents are not clipped, and inversion knows two spacings only.
-    settings.setdefault("clip_sample", model.vae is None)
-    if settings.get("timestep_spacing") not in ("leading", "trailing"):
-        settings["timestep_spacing"] = "leading"
-    scheduler: Any = kind(**settings)
-    scheduler.set_timesteps(steps)
-    times = [int(time) for time in scheduler.timesteps]
-    tags = range(steps)[::-1] if inverting else range(steps)
-
-    def advance(number: int, said: Tensor, latents: Tensor) -> Tensor:
-        return scheduler.step(said, times[number], latents).prev_sample
-
-    return _Chain(tuple(zip(tags, times, strict=True)), advance)
 
 
 # What the hooks see ---------------------------------------------------------------------------------------------------

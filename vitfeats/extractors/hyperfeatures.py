@@ -14,7 +14,7 @@ from vitfeats.configs import DiffusionConfig
 from vitfeats.descriptor import Descriptors
 from vitfeats.errors import ConfigError, TapError, UnknownFacetError, nearest_names
 from vitfeats.extractors.base import Extractor
-from vitfeats.extractors.diffusion import DiffusionExtractor, Generated, OnMap, hyperfeature_layers
+from vitfeats.extractors.diffusion import DiffusionExtractor, Generated, OnMap, find_layers, hyperfeature_layers
 from vitfeats.grid import PatchGrid, Size
 from vitfeats.hooks import find_module
 from vitfeats.nets.aggregation import AggregationNetwork
@@ -57,8 +57,6 @@ class HyperfeatureModel(nn.Module):
 
 def layer_channels(denoiser: Denoiser) -> dict[str, int]:
     """Return the channels of each layer that is aggregated, by name."""
-    from vitfeats.extractors.diffusion import find_layers
-
     layers = find_layers(denoiser.unet)
     found = {}
     for name in hyperfeature_layers(layers):
@@ -195,9 +193,8 @@ class HyperfeatureExtractor(Extractor):
     def read(self, batch: Prepared, taps: Sequence[Tap]) -> dict[Tap, Reading]:
         """Read the taps along one chain."""
 
-        def run(wanted: Sequence[Tap], on_map: OnMap) -> Size:
+        def run(wanted: Sequence[Tap], on_map: OnMap) -> None:
             self.inner.stream(batch, wanted, on_map)
-            return batch.grid.network_size
 
         return self._aggregated(run, taps, batch.grid.network_size, self.inner.draws)
 
@@ -224,10 +221,8 @@ class HyperfeatureExtractor(Extractor):
         asked = [(str(tap), self.resolve(Tap.parse(tap))) for tap in taps]
         done: list[tuple[Tensor, Prepared]] = []
 
-        def run(wanted: Sequence[Tap], on_map: OnMap) -> Size:
-            made = self.inner.form(prompt, latents, wanted, on_map, size=size, number=number, seed=seed)
-            done.append(made)
-            return made[1].grid.network_size
+        def run(wanted: Sequence[Tap], on_map: OnMap) -> None:
+            done.append(self.inner.form(prompt, latents, wanted, on_map, size=size, number=number, seed=seed))
 
         network = self.inner.formed_size(latents, size)
         with torch.no_grad():
@@ -237,7 +232,7 @@ class HyperfeatureExtractor(Extractor):
         return Generated(batch.pixels, made, features)
 
     def _aggregated(
-        self, run: Callable[[Sequence[Tap], OnMap], Size], taps: Sequence[Tap], network: Size, draws: int
+        self, run: Callable[[Sequence[Tap], OnMap], None], taps: Sequence[Tap], network: Size, draws: int
     ) -> dict[Tap, Reading]:
         """Run the diffusion model and make each map into what is asked for, as it fires."""
         aggregation = self.model.aggregation
@@ -261,7 +256,7 @@ class HyperfeatureExtractor(Extractor):
                     parts[place] = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
 
         def keep(tap: Tap, seen: Tensor) -> None:
-            sums[tap] = sums[tap] + seen.float() if tap in sums else seen.float() / 1
+            sums[tap] = sums[tap] + seen.float() if tap in sums else seen.to(torch.float32, copy=True)
 
         run(list(places), take if draws == 1 else keep)
         for tap, total in sums.items():

@@ -1,11 +1,10 @@
 """Diffusion models: the rows of the catalogue, and what builds and loads them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vitfeats.card import HALF, ModelCard
@@ -16,7 +15,6 @@ from vitfeats.grid import Size
 from vitfeats.models.bundled import ASSETS
 from vitfeats.models.weights import load_state, read_checkpoint, read_json, require_weights, unavailable
 from vitfeats.nets.denoiser import Denoiser
-from vitfeats.preprocess import Preprocess
 
 _HEAD, _GROUPS = 16, 16  # channels of an attention head, and groups of a norm, in networks of our own
 _DEFAULT_TAP = "out@up1"  # what DIFT reads
@@ -129,32 +127,9 @@ USUAL = {"cleandift_sd21": DiffusionConfig(mode="clean"), "ddpm_mini": Diffusion
 """How models are read that are not read with the default settings."""
 
 
-@dataclass(frozen=True)
-class Reads:
-    """Makes the extractor of a diffusion model: with given settings, where the user has none.
-
-    Attributes:
-        usual: The settings.
-    """
-
-    usual: DiffusionConfig | None = None
-
-    def __call__(
-        self,
-        model: Denoiser,
-        card: ModelCard,
-        preprocess: Preprocess,
-        *,
-        dtype: str | torch.dtype = "auto",
-        diffusion: DiffusionConfig | None = None,
-    ) -> DiffusionExtractor:
-        """Return the extractor."""
-        return DiffusionExtractor(model, card, preprocess, dtype=dtype, diffusion=diffusion or self.usual)
-
-
-def kind(card: ModelCard) -> Reads:
-    """Return what makes a row's extractor."""
-    return Reads(USUAL.get(card.name))
+def kind(card: ModelCard) -> Callable[..., DiffusionExtractor]:
+    """Return what makes a row's extractor: its class, with the model's usual settings."""
+    return partial(DiffusionExtractor, diffusion=USUAL.get(card.name))
 
 
 def load(card: ModelCard, checkpoint: str | None = None) -> Denoiser:
