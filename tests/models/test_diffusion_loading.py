@@ -269,7 +269,7 @@ def test_cards_say_what_is_known():
     assert facts["sdxl"][:3] == (1024, 32, 640)
     assert all(card.mean == card.std == (0.5, 0.5, 0.5) for card in cards.values())
     assert all(card.depth == len(card.layers) and card.licence and not card.has_cls for card in cards.values())
-    assert diffusion.kind(cards["cleandift_sd21"]).usual.mode == "clean"
+    assert diffusion.USUAL["cleandift_sd21"].mode == "clean"
 
 
 @torch.no_grad()
