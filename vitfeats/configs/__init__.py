@@ -1,0 +1,26 @@
+"""Run settings, as frozen dataclasses of the standard library: the command line reads them without torch."""
+
+from vitfeats.configs.diffusion import DIFFUSION_PRESETS, DiffusionConfig, DiffusionPreset
+from vitfeats.configs.extraction import ExtractorConfig
+from vitfeats.configs.files import plain_config, read_config, write_config
+from vitfeats.configs.inversion import INVERT_PRESETS, InvertConfig
+from vitfeats.configs.presets import Preset
+from vitfeats.configs.splice import SPLICE_PRESETS, SpliceConfig
+from vitfeats.configs.training import TrainDiffusionConfig, TrainHyperfeaturesConfig
+
+__all__ = [
+    "DIFFUSION_PRESETS",
+    "DiffusionConfig",
+    "DiffusionPreset",
+    "ExtractorConfig",
+    "INVERT_PRESETS",
+    "InvertConfig",
+    "Preset",
+    "SPLICE_PRESETS",
+    "SpliceConfig",
+    "TrainDiffusionConfig",
+    "TrainHyperfeaturesConfig",
+    "plain_config",
+    "read_config",
+    "write_config",
+]
