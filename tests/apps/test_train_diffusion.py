@@ -22,6 +22,7 @@ TINY = TrainDiffusionConfig(
     attention=(1,),
     steps=4,
     batch=4,
+    prediction="epsilon",
     warmup=2,
     validate_every=2,
     checkpoint_every=2,

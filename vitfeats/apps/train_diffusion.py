@@ -1,7 +1,8 @@
 """Train a small diffusion model on pixels, so that all that is built on diffusion features runs without a download.
 
 The objective is the simple one of Ho et al., Denoising Diffusion Probabilistic Models, NeurIPS 2020, equation 14: a
-picture x, noise e, a level t; the mean squared error between e and what the network says of √ā·x + √(1-ā)·e.
+picture x, noise e, a level t; the mean squared error of what the network says of √ā·x + √(1-ā)·e. It says the velocity
+√ā·e - √(1-ā)·x (Salimans and Ho, Progressive Distillation, ICLR 2022, appendix D), or as in equation 14 the noise e.
 """
 
 import copy
@@ -141,7 +142,7 @@ class DiffusionTrainer:
         return network
 
     def judged(self) -> float:
-        """Return the mean denoising loss of held-out pictures, the same noise each time; predicting 0 gives about 1."""
+        """Return the mean denoising loss of held-out pictures, the same noise each time; finding none gives about 1."""
         network = self.averaged()
         return float(denoising_loss(network, self.scheduler, torch.cat(self._held_out)).mean())
 
@@ -259,7 +260,7 @@ def denoising_loss(
     """Return the mean squared error of the predicted noise, level by level, the same noise each time.
 
     Args:
-        network: Predicts noise.
+        network: Predicts noise, or velocity.
         scheduler: Its noise levels.
         images: Pictures in -1..1.
         levels: How many, evenly spread over the schedule (the middles of so many equal parts).
