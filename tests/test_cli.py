@@ -12,6 +12,8 @@ from PIL import Image
 
 import vitfeats as vf
 from vitfeats import cli
+from vitfeats.cli import entry
+from vitfeats.commands import Models
 from vitfeats.descriptor import Descriptor
 
 SMALL = ["--size", "112", "--device", "cpu"]
@@ -307,6 +309,47 @@ def test_a_diffusion_model_is_trained_resumed_and_read(capsys, tmp_path, picture
     assert "these differ: steps: 2 there, 3 here" in err
 
 
+def test_a_vision_transformer_is_pretrained_resumed_and_read(capsys, tmp_path):
+    for number, name in enumerate(("red/a", "red/b", "red/c", "blue/d", "blue/e", "blue/f")):
+        path = tmp_path / "pictures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 36), (200, 40 * number, 0) if "red" in name else (0, 40 * number, 200)).save(path)
+    (tmp_path / "pictures" / "red" / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "held_out.txt").write_text("red/c\nblue/f\n")
+    (tmp_path / "settings.yaml").write_text(
+        "model: test_vit\nsize: 32\nlocal_size: 16\nside: 36\nbatch: 2\nlabels: 1.0\nneighbours: 1\n"
+        "validate_every: 1\nprototypes: 16\nhidden: 16\nbottleneck: 8\n"
+    )
+    out = tmp_path / "run"
+    settings = [
+        *("pretrain", "--data", tmp_path / "pictures", "--out", out, "--config", tmp_path / "settings.yaml"),
+        *("--held-out", tmp_path / "held_out.txt", "--device", "cpu", "--steps", 2),
+    ]
+    code, said, err = run(capsys, *settings)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert code == 0
+    assert said == (f"{out / 'model'}: 2 steps over 4 pictures, done; held-out k-NN accuracy {history[1]['knn']:.3f}\n")
+    assert "vitfeats: skipped 'red/broken.png': " in err
+    code, said, _ = run(capsys, *settings, "--resume", "--json")
+    facts = json.loads(said)
+    assert code == 0
+    assert (facts["steps"], facts["pictures"], facts["classes"], facts["stopped"]) == (2, 4, 2, "done")
+    assert (facts["loss"], facts["knn"]) == (history[1]["loss"], history[1]["knn"])
+    assert list(facts["failed"]) == ["red/broken.png"]
+    code, said, _ = run(
+        capsys, "extract", tmp_path / "pictures" / "red" / "a.png", "--model", out / "model", "--out", tmp_path / "e"
+    )
+    assert code == 0
+    code, _, err = run(capsys, *settings[:-1], 3, "--resume")
+    assert code == 1
+    assert "these differ: steps: 2 there, 3 here" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, "pretrain", "--data", tmp_path / "empty", "--out", tmp_path / "nothing")
+    assert code == 1
+    assert "expected pictures (.jpg" in err
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_hyperfeatures_are_trained_resumed_and_written(capsys, tmp_path, pictures, network):
     out, options = tmp_path / "run", ("--size", 16, "--device", "cpu")
     settings = [
@@ -449,7 +492,7 @@ def test_interruption_ends_with_130(capsys, monkeypatch):
     def interrupted(_command):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._RUN, cli.Models, interrupted)
+    monkeypatch.setitem(entry.RUN, Models, interrupted)
     code, _, err = run(capsys, "models")
     assert (code, err) == (130, "vitfeats: interrupted\n")
 

@@ -52,6 +52,18 @@ def test_names_choose(folder, tmp_path):
     assert list(read_pictures(folder, side=16, without=names)) == ["b/two"]
 
 
+def test_what_cannot_be_read_is_left_out_if_asked(folder, tmp_path):
+    (folder / "b" / "broken.png").write_bytes(b"not a picture")
+    archive = tmp_path / "with_broken.tar"
+    with tarfile.open(archive, "w") as file:
+        file.add(folder, arcname=".")
+    for source in (folder, archive):
+        broken = {}
+        assert list(read_pictures(source, side=16, broken=broken)) == ["a/one", "b/two", "three"]
+        assert list(broken) == ["b/broken.png"]
+        assert "broken.png" in broken["b/broken.png"]
+
+
 def test_what_cannot_be_read_is_named(folder, archive, tmp_path):
     with pytest.raises(StoreError, match=r"expected a folder or a tar file of pictures at '.*nothing', but: "):
         read_pictures(tmp_path / "nothing", side=16)

@@ -188,6 +188,31 @@ def test_no_losses_are_refused():
         plot.losses([])
 
 
+def test_curves_have_a_panel_for_each_group_that_was_measured():
+    history = [{"step": i, "loss": 2.0 / (i + 1), "entropy": 1.0, "spread": 2.0 + i} for i in range(20)]
+    groups = [("loss",), ("entropy", "spread"), ("knn",)]
+    two = plot.curves(history, groups)
+    check(two)
+    assert two.tobytes() == plot.curves(history, groups[:2]).tobytes()
+    one = plot.curves(history, [("loss", "entropy", "spread")])
+    for record in history[4::5]:
+        record["knn"] = record["step"] / 20
+    three = plot.curves(history, groups)
+    check(three)
+    assert one.height < two.height < three.height
+    assert one.width == two.width == three.width
+    history[-1]["knn"] = 0.0
+    assert three.tobytes() != plot.curves(history, groups).tobytes()
+
+
+def test_curves_of_little_or_nothing_are_pictures_too():
+    check(plot.curves([{"step": 0, "loss": 1.0}], [("loss",)]))
+    check(plot.curves([{"step": i, "loss": value} for i, value in enumerate((1.0, float("nan"), 0.5))], [("loss",)]))
+    assert isinstance(plot.curves([{"step": 0}], [("loss",)]), Image.Image)
+    with pytest.raises(ShapeError, match="expected a history of at least one step, got none"):
+        plot.curves([], [("loss",)])
+
+
 def test_the_mixing_has_a_cell_for_each_step_and_layer():
     layers, steps = ("up0.res0", "mid", "up1"), (9, 5, 0, 1)
     weights = torch.full((4, 3), 1 / 12)

@@ -126,7 +126,7 @@ def load_extractor(
         raise ConfigError(f"expected card= and anatomy= with your own module, got them with the name {model!r}")
     network, found, kind = _network(default_model() if model is None else model, checkpoint, card)
     if not isinstance(model, nn.Module):
-        network = network.to(_device(device)).eval().requires_grad_(False)
+        network = network.to(device_of(device)).eval().requires_grad_(False)
     elif device != "auto":
         raise ConfigError(
             f"expected a module that is on its device already, got device={device!r}; call module.to first"
@@ -406,7 +406,12 @@ def _cached(settings: dict[str, Any]) -> Extractor:
         return extractor
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: If this machine has no such device.
+    """
     if device != "auto":
         try:
             return torch.empty(0, device=device).device

@@ -252,6 +252,35 @@ class TrainHyperfeatures:
 
 
 @dataclass(frozen=True)
+class Pretrain:
+    """Train a vision transformer on your own pictures, without labels or with them.
+
+    Attributes:
+        data: A folder (with the folders in it) or a tar file of pictures; folders are classes, where labels are used.
+        out: Folder for the history, checkpoints, curves and the model (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix.
+        config: Settings in YAML.
+        steps: Optimiser steps, in place of the settings'.
+        minutes: Minutes to train for, in place of steps.
+        seed: Of first weights, the order, crops and masks.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    data: Path
+    out: Path = Path("pretrained")
+    held_out: Path | None = None
+    config: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "auto"
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Models:
     """List the models by name.
 
@@ -274,5 +303,6 @@ Command = (
     | Annotated[Hyperfeatures, subcommand("hyperfeatures")]
     | Annotated[TrainDiffusion, subcommand("train-diffusion")]
     | Annotated[TrainHyperfeatures, subcommand("train-hyperfeatures")]
+    | Annotated[Pretrain, subcommand("pretrain")]
     | Annotated[Models, subcommand("models")]
 )

@@ -180,6 +180,33 @@ def losses(history: Sequence[Mapping[str, Any]]) -> Image.Image:
     return _rendered(figure)
 
 
+def curves(history: Sequence[Mapping[str, Any]], panels: Sequence[Sequence[str]]) -> Image.Image:
+    """Draw numbers over the steps of a run, in panels one above the other; what was never measured is left out.
+
+    Args:
+        history: One record a step: ``step`` and numbers by name.
+        panels: The names of each panel.
+
+    Raises:
+        ShapeError: If there is no record.
+    """
+    if not history:
+        raise ShapeError("expected a history of at least one step, got none")
+    measured = {name for record in history for name in record}
+    kept = [[name for name in names if name in measured] for names in panels]
+    kept = [names for names in kept if names]
+    figure = Figure(figsize=(7, 1 + 2.2 * len(kept)), dpi=_DPI)
+    for axis, names in zip(figure.subplots(max(1, len(kept)), sharex=True, squeeze=False)[:, 0], kept, strict=False):
+        for name in names:
+            points = [(record["step"], record[name]) for record in history if name in record]
+            sparse = len(points) <= max(1, len(history) // 4)
+            axis.plot(*zip(*points, strict=True), "o-" if sparse else "-", ms=3, lw=1, label=name)
+        axis.legend(frameon=False, fontsize=8)
+        axis.set_xlabel("step" if names is kept[-1] else "")
+    figure.tight_layout()
+    return _rendered(figure)
+
+
 def mixing(
     weights: Float[Tensor, "steps layers"], layers: Sequence[str], steps: Sequence[int], *, label: str = "weight"
 ) -> Image.Image:

@@ -12,7 +12,7 @@ import vitfeats as vf
 from vitfeats.apps import train_diffusion as app
 from vitfeats.apps.train_diffusion import DiffusionTrainer, denoising_loss, noise_levels, train_diffusion
 from vitfeats.configs import TrainDiffusionConfig
-from vitfeats.errors import ConfigError
+from vitfeats.errors import ConfigError, WeightsUnavailableError
 from vitfeats.views import numbered
 
 TINY = TrainDiffusionConfig(
@@ -71,6 +71,17 @@ def test_a_model_that_predicts_velocity_is_read_as_one(pictures, tmp_path):
     train_diffusion(pictures, config=replace(TINY, prediction="v_prediction"), out=tmp_path)
     extractor = vf.load_extractor(tmp_path / "model", device="cpu")
     assert extractor.model.prediction == "v_prediction"
+
+
+def test_a_run_begins_with_weights_that_are_given(pictures, tmp_path):
+    first = train_diffusion(pictures, config=TINY, out=tmp_path / "first")
+    file = tmp_path / "first" / "model" / "diffusion_pytorch_model.safetensors"
+    file = file if file.is_file() else next((tmp_path / "first" / "model").rglob("*.safetensors"))
+    trainer = DiffusionTrainer(pictures, replace(TINY, prediction="v_prediction", start=str(file)))
+    assert _same(trainer.network, first.network)
+    assert _same(trainer.averaged(), first.network)
+    with pytest.raises(WeightsUnavailableError, match="expected a weight file|no such file|nothing"):
+        DiffusionTrainer(pictures, replace(TINY, start="nothing.safetensors"))
 
 
 def test_a_batch_has_levels_of_all_noises(pictures, monkeypatch):

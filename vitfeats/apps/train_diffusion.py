@@ -24,6 +24,7 @@ from torch import Tensor
 from vitfeats.configs import TrainDiffusionConfig, plain_config
 from vitfeats.errors import ConfigError
 from vitfeats.models.diffusion import pixel_unet
+from vitfeats.models.weights import load_state, read_checkpoint
 from vitfeats.resize import resize_images
 from vitfeats.runs import RunFolder, begin, check_same, interruption, scheduled, take_steps
 from vitfeats.views import numbered
@@ -67,6 +68,10 @@ class DiffusionTrainer:
         seed: Of the first weights, and of every crop and noise.
         device: Where to train.
 
+    Raises:
+        ConfigError: If the pictures are too small, or the weights to begin with do not fit.
+        WeightsUnavailableError: If they cannot be read.
+
     Attributes:
         done: Steps taken.
         network: The network that is trained.
@@ -90,6 +95,8 @@ class DiffusionTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=numbered(seed, _INITIAL))))
             self.network = pixel_unet(config.size, config.channels, config.blocks, config.attention).to(self.device)
+        if config.start:
+            load_state(self.network, read_checkpoint(config.start), config.start)
         self.scheduler = noise_levels(config)
         self._optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=config.lr, weight_decay=0.0, fused=self.device.type in ("cpu", "cuda")
@@ -168,7 +175,7 @@ class DiffusionTrainer:
         check_same(state["about"], self._about(), free=("minutes", "validate_every", "checkpoint_every"))
         self.network.load_state_dict(state["network"])
         self._average = [kept.to(self.device) for kept in state["average"]]
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))  # it would change the caller's
         self.done = int(state["step"])
 
     def _about(self) -> dict[str, Any]:
@@ -202,7 +209,9 @@ def train_diffusion(
         device: Where to train.
 
     Raises:
-        ConfigError: If the pictures are too small, or the checkpoint is of other settings.
+        ConfigError: If the pictures are too small, the weights to begin with do not fit, or the checkpoint is of other
+            settings.
+        WeightsUnavailableError: If the weights to begin with cannot be read.
         StoreError: If ``out`` cannot be made or its checkpoint cannot be read.
         KeyboardInterrupt: At Ctrl-C, after the step has ended and a checkpoint is written.
     """

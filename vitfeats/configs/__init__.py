@@ -5,6 +5,7 @@ from vitfeats.configs.extraction import ExtractorConfig
 from vitfeats.configs.files import plain_config, read_config, write_config
 from vitfeats.configs.inversion import INVERT_PRESETS, InvertConfig
 from vitfeats.configs.presets import Preset
+from vitfeats.configs.pretraining import PretrainConfig
 from vitfeats.configs.splice import SPLICE_PRESETS, SpliceConfig
 from vitfeats.configs.training import TrainDiffusionConfig, TrainHyperfeaturesConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "INVERT_PRESETS",
     "InvertConfig",
     "Preset",
+    "PretrainConfig",
     "SPLICE_PRESETS",
     "SpliceConfig",
     "TrainDiffusionConfig",

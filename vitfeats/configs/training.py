@@ -28,6 +28,7 @@ class TrainDiffusionConfig:
         betas: Noise variance added at the first and at the last of them, linear between.
         prediction: What the network says: "v_prediction", the velocity between picture and noise (Salimans and Ho,
             Progressive Distillation, ICLR 2022), which stays well-posed where all is noise; or "epsilon", the noise.
+        start: File of weights to begin with; empty begins at random.
         minutes: Stop after so many minutes, to be resumed; 0 is no limit.
         validate_every: Steps from one loss on the held-out pictures to the next; 0 never.
         checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
@@ -51,6 +52,7 @@ class TrainDiffusionConfig:
     noise_levels: int = 1000
     betas: tuple[float, float] = (0.0001, 0.02)
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    start: str = ""
     minutes: float = 0.0
     validate_every: int = 250
     checkpoint_every: int = 100

@@ -98,7 +98,7 @@ def load_folder(path: str, checkpoint: str | None = None) -> tuple[nn.Module, Mo
         network = _created(f"local-dir:{path}", pretrained=False)
     except Exception as error:
         raise _unreadable(path, error) from error
-    _load_any(network, checkpoint or _weight_file(Path(path)))
+    load_any(network, checkpoint or _weight_file(Path(path)))
     return network, card_of(network, path)
 
 
@@ -159,7 +159,7 @@ def timm_network(asked: str, name: str, checkpoint: str | None) -> nn.Module:
         except Exception as error:  # whatever a download can end in
             raise unavailable(asked, repository, _broken(error)) from error
     network = _created(name, pretrained=False)
-    _load_any(network, checkpoint)
+    load_any(network, checkpoint)
     return network
 
 
@@ -202,11 +202,19 @@ def _weight_file(folder: Path) -> str:
     )
 
 
-def _load_any(network: nn.Module, checkpoint: str) -> None:
-    """Load a timm checkpoint, or one in the layout of the model's own release, which timm knows how to translate."""
+def load_any(network: nn.Module, checkpoint: str, *, resized: bool = False) -> None:
+    """Load a timm checkpoint, or one in the layout of the model's own release, which timm knows how to translate.
+
+    Args:
+        network: Gets the weights.
+        checkpoint: File.
+        resized: Whether positions that are stored for another size are interpolated; they are refused otherwise.
+    """
     state = read_checkpoint(checkpoint)
     own = network.state_dict()
-    if not set(own) <= set(state):
+    stored = state.get("pos_embed")
+    bent = resized and stored is not None and stored.shape != own.get("pos_embed", stored).shape
+    if bent or not set(own) <= set(state):
         module = sys.modules[type(network).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(dict(state), network)

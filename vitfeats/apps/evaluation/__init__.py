@@ -6,6 +6,7 @@ PCK, pairs with known answers, and the tables made from them; structure, appeara
 from vitfeats.apps.evaluation.colours import colour_distance, colour_shift, match_colours
 from vitfeats.apps.evaluation.datasets import Pair, StereoPair, WarpedImages, read_pairs
 from vitfeats.apps.evaluation.foreground import foreground_iou, foreground_mask
+from vitfeats.apps.evaluation.neighbours import neighbours_accuracy
 from vitfeats.apps.evaluation.pck import pck
 from vitfeats.apps.evaluation.tables import Row, raw_patches, stereo_table, warp_table
 from vitfeats.apps.evaluation.transfer import (
@@ -35,6 +36,7 @@ __all__ = [
     "foreground_mask",
     "match_colours",
     "measure_transfer",
+    "neighbours_accuracy",
     "patch_distance",
     "pck",
     "raw_patches",

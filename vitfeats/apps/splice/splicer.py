@@ -208,7 +208,7 @@ class Splicer:
             raise ConfigError(f"expected the state of a splice ({_FORMAT}), got {state.get('format')!r}")
         check_same(state["about"], self._about(), free=self._free())
         self.generator.load_state_dict(state["generator"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))  # it would change the caller's
         self._copy(self._trained, self._before)
         self.done = int(state["step"])
 

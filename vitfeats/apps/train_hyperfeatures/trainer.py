@@ -202,7 +202,7 @@ class HyperfeatureTrainer:
         check_same(state["about"], self._about(), free=free)
         self.aggregation.load_state_dict(state["network"])
         _copy(state["before"], self._before)
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))  # it would change the caller's
         self.done = int(state["step"])
 
     def _about(self) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""Pictures to learn from, in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """Pictures in memory, and their classes.
+
+    Attributes:
+        pictures: (height, width, 3) of type uint8 each.
+        labels: Number of each picture's class, -1 for none.
+        classes: Their names.
+    """
+
+    pictures: Sequence[np.ndarray]
+    labels: Int[Tensor, " n"]
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        named: Mapping[str, np.ndarray],
+        *,
+        unlabelled: Sequence[str] = (),
+        classes: Sequence[str] | None = None,
+    ) -> "Collection":
+        """Take the folder that a picture lies in for its class.
+
+        Args:
+            named: Pictures by name, from :func:`vitfeats.pictures.read_pictures`.
+            unlabelled: Folders that are no class.
+            classes: Those there are, for a second collection; None takes all folders, if there are two at least.
+        """
+        folders = [name.rpartition("/")[0] for name in named]
+        if classes is None:
+            classes = sorted({folder for folder in folders if folder and folder not in unlabelled})
+            classes = classes if len(classes) > 1 else ()
+        number = {name: index for index, name in enumerate(classes)}
+        labels = torch.tensor([number.get(folder, -1) for folder in folders])
+        return cls(list(named.values()), labels, tuple(classes))

@@ -1,0 +1,64 @@
+"""The command line: runs what :mod:`vitfeats.commands` describes, and says how it went.
+
+Exit code 0: done; 1: something could not be done, said on standard error; 2: the command was not understood.
+Results go to standard output, progress to standard error. Nothing heavy is imported before a command runs.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from vitfeats.cli.making import run_invert, run_splice
+from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
+from vitfeats.cli.training import aggregation, diffusion, pretrained
+from vitfeats.commands import (
+    Command,
+    Extract,
+    Hyperfeatures,
+    Invert,
+    Match,
+    Models,
+    Pca,
+    Pretrain,
+    Similarity,
+    Splice,
+    TrainDiffusion,
+    TrainHyperfeatures,
+)
+from vitfeats.errors import VitFeatsError
+
+RUN: dict[type, Any] = {
+    Extract: extract,
+    Pca: pca,
+    Similarity: similarity,
+    Match: match,
+    Splice: run_splice,
+    Invert: run_invert,
+    Hyperfeatures: hyperfeatures,
+    TrainDiffusion: diffusion,
+    TrainHyperfeatures: aggregation,
+    Pretrain: pretrained,
+    Models: models,
+}
+"""What runs each command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit code."""
+    command: Any = tyro.cli(
+        Command,  # type: ignore[arg-type] - tyro takes a union of dataclasses
+        prog="vitfeats",
+        description="Features out of vision models: keys, queries, values, tokens, CLS, attention, hyperfeatures.",
+        args=arguments,
+    )
+    try:
+        return RUN[type(command)](command)
+    except VitFeatsError as error:
+        print(f"vitfeats: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:  # a long run says how to go on
+        told = next((words for words in interrupt.args if isinstance(words, str)), "interrupted")
+        print(f"vitfeats: {told}", file=sys.stderr)
+        return 130

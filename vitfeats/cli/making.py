@@ -1,0 +1,100 @@
+"""Commands that make pictures: splice, invert."""
+
+import dataclasses
+from typing import Any
+
+from vitfeats.cli.shared import extractor_of, images_of, save_picture, say, settings_of
+from vitfeats.commands import Invert, Splice
+from vitfeats.configs import InvertConfig, SpliceConfig
+from vitfeats.errors import ConfigError
+
+
+def run_splice(command: Splice) -> int:
+    """Splice two images, and measure the result."""
+    from vitfeats.apps.evaluation import transfer_markdown, transfer_table
+    from vitfeats.apps.splice import splice
+
+    options = command.options
+    if isinstance(options.size, tuple):
+        raise ConfigError(f"expected --size as one number, the shorter side, got {options.size}")
+    # What the options say of the model's eyes goes into the settings: they are what the run, and its folder, go by.
+    dtype = None if options.dtype == "auto" else options.dtype
+    seen = {"size": options.size, "stride": options.stride, "dtype": dtype}
+    config = settings_of(command, SpliceConfig, steps=command.steps, **seen)
+    images = images_of(command.images, command.sample)
+    if len(images) != 2:
+        raise ConfigError(f"expected two images, structure and appearance, got {len(images)}")
+    extractor = extractor_of(dataclasses.replace(options, size=config.size, stride=config.stride, dtype=config.dtype))
+    log = None
+    if command.tensorboard:
+        from vitfeats.runs import tensorboard
+
+        log = tensorboard(command.out, image_every=config.snapshot_every)
+    structure, appearance = images
+    result = splice(
+        structure,
+        appearance,
+        model=extractor,
+        config=config,
+        seed=command.seed,
+        callback=log,
+        out=command.out,
+        resume=command.resume,
+        progress=not command.json,
+    )
+    rows = transfer_table({"result": result.image}, structure, appearance, extractor=extractor)
+    facts = {
+        "model": extractor.card.name,
+        "out": str(command.out / "result.png"),
+        "steps": len(result.history),
+        "stopped": result.stopped,
+        "losses": result.history[-1] if result.history else {},
+        "measures": {name: measures.as_dict() for name, measures in rows.items()},
+    }
+    told = f"{command.out / 'result.png'}: {len(result.history)} steps, {result.stopped}"
+    say(command.json, facts, f"{told}\n\n{transfer_markdown(rows)}")
+    return 1 if result.stopped == "not finite" else 0
+
+
+def run_invert(command: Invert) -> int:
+    """Make the images that have an image's descriptors."""
+    from vitfeats.apps.inversion import Inversion, invert, invert_layers, overlapping, strip
+    from vitfeats.taps import Tap
+
+    options = command.options
+    config = settings_of(command, InvertConfig, steps=command.steps, starts=command.starts, size=options.size)
+    if len(command.images) > 1:
+        raise ConfigError(f"expected one image, got {len(command.images)}; invert them one by one")
+    image = images_of(command.images, command.sample)[0]
+    extractor = extractor_of(dataclasses.replace(options, size=config.size))
+    if options.stride is None:
+        extractor = overlapping(extractor, config)
+    tap = Tap.parse(command.tap or extractor.card.default_tap)
+    settings: dict[str, Any] = {
+        "model": extractor,
+        "config": config,
+        "seed": command.seed,
+        "progress": not command.json,
+    }
+
+    def keep(inversion: Inversion) -> Inversion:
+        inversion.save(command.out / str(inversion.tap) if command.layers else command.out)
+        return inversion
+
+    try:
+        if command.layers:
+            found = [keep(invert_layers(image, [layer], tap.facet, **settings)[0]) for layer in command.layers]
+        else:
+            found = [keep(invert(image, tap, **settings))]
+    except KeyboardInterrupt as interrupt:
+        for unfinished in interrupt.args:  # what it had found until then
+            if isinstance(unfinished, Inversion):
+                keep(unfinished)
+        raise KeyboardInterrupt(f"interrupted; what was found so far is in '{command.out}'") from interrupt
+    if command.layers:
+        save_picture(strip(found), command.out / "strip.png")
+    rows = [{"tap": str(i.tap), "loss": i.losses[i.best], "psnr": i.psnr[i.best]} for i in found]
+    facts = {"model": extractor.card.name, "out": str(command.out), "inversions": rows}
+    lines = [f"{row['tap']}: loss {row['loss']:.4g}, {row['psnr']:.1f} dB" for row in rows]
+    say(command.json, facts, "\n".join([f"pictures in {command.out}", *lines]))
+    return 0

@@ -1,0 +1,188 @@
+"""Commands that read features and show them: extract, pca, similarity, match, hyperfeatures, models."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, save_picture, say
+from vitfeats.commands import Extract, Hyperfeatures, Match, Models, Pca, Similarity
+from vitfeats.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def extract(command: Extract) -> int:
+    """Write descriptors; a file that cannot be read is named and skipped."""
+    from tqdm import tqdm
+
+    names = [path.name for path in command.images]
+    if not names:
+        raise ConfigError("expected image files, got none; for example: vitfeats extract a.jpg b.jpg")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"expected image files of different names, got '{twice}' twice; extract one folder at a time")
+    extractor = extractor_of(command.options)
+    taps = command.tap or (extractor.card.default_tap,)
+    broken: dict[str, str] = {}
+    whole: list[Path] = []
+    written: list[str] = []
+    progress = tqdm(total=len(names), unit="image", file=sys.stderr, disable=command.json or len(names) < 2)
+    results = extractor.each(_readable(command.images, whole, broken), taps, batch_size=command.batch_size)
+    make_folder(command.out)  # not before the taps have proved right
+    for number, descriptors in enumerate(results):
+        for tap, descriptor in descriptors.items():
+            target = command.out / f"{whole[number].name}.{tap}.safetensors"
+            written.append(str(descriptor.save(target)))
+        progress.update(len(broken) + number + 1 - progress.n)
+    progress.close()
+    facts = {"model": extractor.card.name, "taps": list(map(str, taps)), "written": written, "failed": broken}
+    say(command.json, facts, f"{len(written)} files in {command.out}")
+    for reason in broken.values():
+        print(f"vitfeats: {reason}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def pca(command: Pca) -> int:
+    """Draw the principal components of images."""
+    from vitfeats import plot
+    from vitfeats.pca import PCA
+
+    extractor = picture_extractor(command.options)
+    images = images_of(command.images, command.sample)
+    descriptors = list(extractor.each(images, command.tap))
+    fitted = PCA(3).fit(descriptors, foreground=None if command.foreground == "none" else "border")
+    save_picture(plot.pca(images, descriptors, fitted=fitted), command.out)
+    shares = [round(share, 4) for share in fitted.explained_variance_ratio_.tolist()]
+    facts = {
+        "model": extractor.card.name,
+        "tap": str(descriptors[0].tap),
+        "grids": [[d.grid.rows, d.grid.cols] for d in descriptors],
+        "explained_variance_ratio": shares,
+        "out": str(command.out),
+    }
+    say(command.json, facts, f"{command.out}: {descriptors[0].tap} of {extractor.card.name}, {len(images)} image(s)")
+    return 0
+
+
+def similarity(command: Similarity) -> int:
+    """Draw what is alike to a point."""
+    from vitfeats import plot
+    from vitfeats.matching import transfer_points
+    from vitfeats.similarity import similarity_map
+
+    extractor = picture_extractor(command.options)
+    images = images_of(command.images, command.sample)
+    if len(images) > 2:
+        raise ConfigError(f"expected one or two images, got {len(images)}")
+    first, second = images[0], images[-1]
+    a, b = extractor.each([first, second], command.tap)
+    height, width = a.frames[0].source_size
+    points = [command.point or (width / 2, height / 2)]
+    maps = similarity_map(a, points, b)
+    save_picture(plot.similarity(first, points, second, maps, grid=b.grid), command.out)
+    x, y = transfer_points(a, b, points)[0].tolist()
+    facts = {
+        "model": extractor.card.name,
+        "tap": str(a.tap),
+        "point": list(points[0]),
+        "most_similar": [x, y],
+        "similarity": float(maps.max()),
+        "out": str(command.out),
+    }
+    say(command.json, facts, f"{command.out}: most similar at x={x:.1f} y={y:.1f} ({float(maps.max()):.3f})")
+    return 0
+
+
+def match(command: Match) -> int:
+    """Draw mutual matches of two images."""
+    from vitfeats import plot
+    from vitfeats.matching import match_mutual
+
+    extractor = picture_extractor(command.options)
+    images = images_of(command.images, command.sample)
+    if len(images) != 2:
+        raise ConfigError(f"expected two images, got {len(images)}")
+    a, b = extractor.each(images, command.tap)
+    found = match_mutual(a, b)
+    save_picture(plot.matches(images[0], images[1], found, most=command.most), command.out)
+    facts = {
+        "model": extractor.card.name,
+        "tap": str(a.tap),
+        "points_a": found.points_a.tolist(),
+        "points_b": found.points_b.tolist(),
+        "scores": found.scores.tolist(),
+        "out": str(command.out),
+    }
+    say(
+        command.json, facts, f"{command.out}: {len(found)} mutual matches of {a.grid.tokens} and {b.grid.tokens} tokens"
+    )
+    return 0
+
+
+def hyperfeatures(command: Hyperfeatures) -> int:
+    """Write the hyperfeatures of images, their PCA, and the matches of two."""
+    from vitfeats import plot
+    from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor
+    from vitfeats.matching import match_mutual
+
+    options = dataclasses.replace(command.options, model=command.options.model or "hyperfeatures:ddpm_mini")
+    extractor = extractor_of(options)
+    if not isinstance(extractor, HyperfeatureExtractor):
+        raise ConfigError(f"expected a model of hyperfeatures, got '{options.model}'; for example hyperfeatures:sd15")
+    if command.seed:
+        extractor = extractor.reading(dataclasses.replace(extractor.diffusion, seed=command.seed))
+    images = images_of(command.images, command.sample)
+    names = [path.name for path in command.images] or [f"{command.sample}_{number}" for number in range(len(images))]
+    descriptors = list(extractor.each(images))
+    make_folder(command.out)
+    written = [str(d.save(command.out / f"{n}.safetensors")) for n, d in zip(names, descriptors, strict=True)]
+    save_picture(plot.pca(images, descriptors), command.out / "pca.png")
+    facts: dict[str, Any] = {"model": extractor.card.name, "written": written, "pca": str(command.out / "pca.png")}
+    told = [f"{len(written)} files and pca.png in {command.out}"]
+    if len(images) == 2:
+        found = match_mutual(*descriptors)
+        save_picture(plot.matches(images[0], images[1], found, most=command.most), command.out / "matches.png")
+        facts |= {"matches": str(command.out / "matches.png"), "mutual": len(found)}
+        told.append(f"matches.png: {len(found)} mutual matches")
+    say(command.json, facts, "\n".join(told))
+    return 0
+
+
+def models(command: Models) -> int:
+    """List models."""
+    import warnings
+
+    from vitfeats.api import list_models, plugin_failures
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said below, in the way of a command line
+        cards = list_models(command.pattern)
+    for name, reason in plugin_failures().items():
+        print(f"vitfeats: plug-in '{name}' could not be loaded: {reason}", file=sys.stderr)
+    if command.json:
+        print(json.dumps([dataclasses.asdict(card) for card in cards], indent=2))
+        return 0
+    rows = [("name", "family", "patch", "dim", "blocks", "tap", "licence")]
+    rows += [(c.name, c.family, str(c.patch), str(c.dim), str(c.depth), c.usual_tap, c.licence) for c in cards]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _readable(paths: Sequence[Path], whole: list[Path], broken: dict[str, str]) -> "Iterator[Tensor]":
+    """Yield the images that can be read; note their paths, and why the others cannot."""
+    from vitfeats.preprocess import load_image
+
+    for path in paths:
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            broken[str(path)] = str(error)
+            continue
+        whole.append(path)
+        yield image

@@ -1,0 +1,76 @@
+"""What commands have in common: images in, an extractor, a picture or a line of JSON out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vitfeats.configs import ExtractorConfig, read_config
+from vitfeats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vitfeats.extractors.base import Extractor
+
+C = TypeVar("C")
+
+PICTURE_SIZE = 448  # shorter side for pictures: enough tokens to see something, seconds on a CPU
+
+
+def settings_of(command: Any, kind: type[C], **changes: Any) -> C:
+    """Return a command's settings: the preset, changed by the file, changed by what was given on the command line."""
+    base = kind.preset(command.preset)  # type: ignore[attr-defined] - every kind of settings has presets
+    config = base if command.config is None else read_config(command.config, kind, base=base)
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
+
+
+def extractor_of(options: ExtractorConfig, **others: Any) -> "Extractor":
+    """Load the model of a command's options."""
+    from vitfeats.api import load_extractor
+
+    return load_extractor(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}, **others)
+
+
+def picture_extractor(options: ExtractorConfig) -> "Extractor":
+    """Return an extractor with more tokens than a model's default, for pictures."""
+    extractor = extractor_of(options)
+    patch, usual = extractor.card.patch, extractor.card.default_size
+    finer = patch // 2 if patch % 2 == 0 and extractor.overlaps else patch
+    size = PICTURE_SIZE if isinstance(usual, int) else usual  # some models take one size only
+    return extractor.resized(size=options.size or size, stride=options.stride or finer)
+
+
+def images_of(paths: tuple[Path, ...], sample: str | None) -> "list[Image.Image]":
+    """Open image files, or a sample."""
+    from vitfeats import samples
+    from vitfeats.preprocess import load_image, to_pil
+
+    if bool(paths) == (sample is not None):
+        raise ConfigError("expected image files or --sample NAME, one of the two; for example --sample portraits")
+    return samples.load(sample) if sample is not None else [to_pil(load_image(path)) for path in paths]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"expected a folder to write to at '{folder}', but: {error}") from error
+
+
+def save_picture(picture: "Image.Image", path: Path) -> None:
+    """Write a picture."""
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"expected a picture file that can be written, such as out.png, got '{path}': {error}"
+        ) from error
+
+
+def say(as_json: bool, facts: dict[str, Any], text: str) -> None:
+    """Print what was done: one JSON object, or a text."""
+    from vitfeats.runs import finite
+
+    print(json.dumps(finite(facts)) if as_json else text)
