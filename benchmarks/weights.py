@@ -102,7 +102,7 @@ def accuracy(known: Collection, asked: Collection, describe) -> float:
 def _cls(extractor: vf.Extractor, pictures: Sequence[np.ndarray]) -> Tensor:
     small = extractor.resized(size=112)
     tap = f"cls@{extractor.card.depth - 1}"
-    return torch.cat([d.cls for d in small.each(pictures, tap, batch_size=32)])
+    return torch.cat([d.features[:, 0] for d in small.each(pictures, tap, batch_size=32)])
 
 
 def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:

@@ -29,8 +29,15 @@ def main(out: Path = Path("pretrain.png")) -> Path:
     torch.manual_seed(0)
     images = {name: vf.samples.load(name)[0].convert("RGB") for name in PHOTOGRAPHS}
     pictures = {name: np.asarray(_small(image)) for name, image in images.items()}
-    length = {"steps": STEPS} if STEPS else {"minutes": 2.0}
-    config = PretrainConfig(batch=len(pictures), size=64, local_size=32, side=128, warmup=20, **length)
+    config = PretrainConfig(
+        batch=len(pictures),
+        size=64,
+        local_size=32,
+        side=128,
+        warmup=20,
+        steps=max(1, STEPS),
+        minutes=0.0 if STEPS else 2.0,
+    )
     result = pretrain(Collection.of(pictures), config=config, progress=True)
 
     cat = images["cat"]

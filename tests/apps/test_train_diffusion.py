@@ -194,6 +194,15 @@ def test_crops_lie_inside_and_differ(pictures):
     assert torch.equal(whole, app._crop(pictures[0], 16, None, TINY))
 
 
+def test_crops_keep_what_is_dark_and_what_is_light():
+    stairs = np.repeat(np.arange(0, 256, 15, dtype=np.uint8), 2)
+    picture = np.broadcast_to(stairs[:, None, None], (36, 36, 3)).copy()
+    for crop in (app._crop(picture, 12, None, TINY), app._crop(picture, 12, numbered(0, 1), replace(TINY, crop=0.9))):
+        assert float(crop.min()) < -0.85
+        assert float(crop.max()) > 0.85
+        assert abs(float(crop.mean())) < 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -317,7 +317,7 @@ def _crop(
     picture: np.ndarray, size: int, rng: torch.Generator | None, config: TrainDiffusionConfig
 ) -> Float[Tensor, "1 3 size size"]:
     """Return a square crop in -1..1: at random, or without a generator the middle."""
-    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
     height, width = image.shape[-2:]
     short = min(height, width)
     if rng is None:
@@ -329,4 +329,4 @@ def _crop(
         if float(torch.rand((), generator=rng)) < config.flip:
             image = image.flip(3)
     top, left = round(float(share[0]) * (height - side)), round(float(share[1]) * (width - side))
-    return resize_images(image[..., top : top + side, left : left + side], (size, size)).clamp(-1, 1)
+    return 2 * resize_images(image[..., top : top + side, left : left + side], (size, size)) - 1
