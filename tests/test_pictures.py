@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vitfeats.errors import ConfigError, ImageError, StoreError
-from vitfeats.pictures import read_names, read_pictures
+from vitfeats.pictures import PictureFiles, open_pictures, read_names, read_pictures
 
 
 @pytest.fixture
@@ -64,6 +64,40 @@ def test_what_cannot_be_read_is_left_out_if_asked(folder, tmp_path):
         assert "broken.png" in broken["b/broken.png"]
 
 
+def test_pictures_that_do_not_fit_are_read_when_they_are_asked_for(folder, archive, tmp_path):
+    packed = tmp_path / "pictures.tar.gz"
+    with tarfile.open(packed, "w:gz") as file:
+        file.add(folder, arcname=".")
+    whole = read_pictures(folder, side=16)
+    assert isinstance(open_pictures(folder, side=16), dict)
+    for source in (folder, archive, packed):
+        files = open_pictures(source, side=16, most=1000)
+        assert isinstance(files, PictureFiles)
+        assert list(files) == list(whole)
+        assert all(np.array_equal(files[name], whole[name]) for name in files)
+        assert files.size() == pytest.approx(sum(picture.nbytes for picture in whole.values()), rel=0.02)
+    assert len(open_pictures(folder, side=16, most=0, without=["three"])) == 2
+    with pytest.raises(ConfigError, match="got none of the names"):
+        open_pictures(folder, side=16, most=0, only=["four"])
+
+
+def test_what_is_no_picture_is_left_out_before_it_is_asked_for(folder):
+    (folder / "b" / "broken.png").write_bytes(b"not a picture")
+    broken = {}
+    assert len(open_pictures(folder, side=16, most=0, broken=broken)) == 3
+    assert list(broken) == ["b/broken.png"]
+    with pytest.raises(ImageError, match=r"'b/broken.png' of '.*': expected a picture, but its format is none"):
+        open_pictures(folder, side=16, most=0)
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a" / "one.png")
+    (folder / "a" / "one.jpg").unlink()
+    whole = (folder / "a" / "one.png").read_bytes()
+    (folder / "a" / "one.png").write_bytes(whole[: len(whole) // 2])  # its beginning is that of a picture
+    files = PictureFiles(folder, side=16)
+    with pytest.raises(ImageError, match=r"'a/one.png' of '"):
+        files["a/one"]
+
+
 def test_what_cannot_be_read_is_named(folder, archive, tmp_path):
     with pytest.raises(StoreError, match=r"expected a folder or a tar file of pictures at '.*nothing', but: "):
         read_pictures(tmp_path / "nothing", side=16)
@@ -84,5 +118,5 @@ def test_a_broken_picture_is_named(folder, tmp_path):
         read_pictures(folder, side=16)
     with tarfile.open(tmp_path / "broken.tar", "w") as file:
         file.add(folder, arcname=".")
-    with pytest.raises(ImageError, match=r"expected a picture at '\./b/two.png', but: cannot identify"):
+    with pytest.raises(ImageError, match=r"'b/two.png' of '.*broken.tar': expected a picture, but its format"):
         read_pictures(tmp_path / "broken.tar", side=16)

@@ -117,14 +117,14 @@ def pretrained(command: Pretrain) -> int:
     """Train a vision transformer."""
     from vitfeats.api import device_of
     from vitfeats.apps.pretrain import Collection, pretrain
-    from vitfeats.pictures import read_names, read_pictures
+    from vitfeats.pictures import open_pictures, read_names, read_pictures
 
     config = PretrainConfig() if command.config is None else read_config(command.config, PretrainConfig)
     given = {"steps": command.steps, "minutes": command.minutes}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     kept = [] if command.held_out is None else read_names(command.held_out)
     broken: dict[str, str] = {}
-    pictures = read_pictures(command.data, side=config.side, without=kept, broken=broken)
+    pictures = open_pictures(command.data, side=config.side, without=kept, broken=broken)
     collection = Collection.of(pictures, unlabelled=config.unlabelled)
     held_out = None
     if kept:

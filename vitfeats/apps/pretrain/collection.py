@@ -1,4 +1,4 @@
-"""Pictures to learn from, in memory."""
+"""Pictures to learn from, and their classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Collection:
-    """Pictures in memory, and their classes.
+    """Pictures and their classes.
 
     Attributes:
         pictures: (height, width, 3) of type uint8 each.
@@ -34,7 +34,7 @@ class Collection:
         """Take the folder that a picture lies in for its class.
 
         Args:
-            named: Pictures by name, from :func:`vitfeats.pictures.read_pictures`.
+            named: Pictures by name, from :func:`vitfeats.pictures.open_pictures`.
             unlabelled: Folders that are no class.
             classes: Those there are, for a second collection; None takes all folders, if there are two at least.
         """
@@ -44,4 +44,19 @@ class Collection:
             classes = classes if len(classes) > 1 else ()
         number = {name: index for index, name in enumerate(classes)}
         labels = torch.tensor([number.get(folder, -1) for folder in folders])
-        return cls(list(named.values()), labels, tuple(classes))
+        # Those that are read when they are asked for are not all asked for here.
+        pictures = list(named.values()) if isinstance(named, dict) else _Pictures(named)
+        return cls(pictures, labels, tuple(classes))
+
+
+class _Pictures(Sequence[np.ndarray]):
+    """The values of a mapping by number, none of them read before it is asked for."""
+
+    def __init__(self, named: Mapping[str, np.ndarray]) -> None:
+        self._named, self._names = named, list(named)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override] - no slices: they would read all of it
+        return self._named[self._names[index]]
