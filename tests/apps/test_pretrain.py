@@ -261,7 +261,12 @@ def test_a_weight_of_nothing_leaves_its_term_out(name, pictures):
     found = Pretrainer(pictures, replace(ALL, **{name: 0.0})).step()
     assert {key for key in found if key in LOSSES} == set(LOSSES) - {name}
     assert found["loss"] == pytest.approx(sum(getattr(ALL, key) * found[key] for key in LOSSES if key != name))
-    assert ("entropy" in found) == (name != "views")
+    assert found["entropy"] < found["spread"]  # of patches, where nothing is asked of pictures
+
+
+def test_labels_alone_ask_the_teacher_nothing(pictures):
+    found = Pretrainer(pictures, replace(ALL, views=0.0, masked=0.0, places=0.0)).step()
+    assert set(found) == {"loss", "labels"}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -160,24 +160,29 @@ class Pretrainer:
                     if small:
                         told = _normalised(torch.cat([crops.images for crops in small]))
                         others.append(self.student.head(encode(self.student.network, told).summary))
-                    losses["views"], facts = self._views_loss(wanted.summary, torch.cat(others), len(chosen))
+                    losses["views"] = self._views_loss(wanted.summary, torch.cat(others), len(chosen))
                 if config.masked:
                     assert hidden is not None
                     target = self._centres[1].sharpened(wanted.patches, self._temperature)
                     losses["masked"] = tokens_loss(target, answers.patches, hidden, config.student_temperature)
                 if config.places:
                     losses["places"] = self._places_loss(teacher, answers, large)
+                facts = self._information(wanted)
                 self._centres[0].update(wanted.summary)
                 self._centres[1].update(wanted.patches)
         return losses, facts
 
-    def _views_loss(self, wanted: Tensor, answers: Tensor, count: int) -> tuple[Tensor, dict[str, float]]:
+    def _views_loss(self, wanted: Tensor, answers: Tensor, count: int) -> Tensor:
         target = self._centres[0].sharpened(wanted, self._temperature)
-        entropy, spread = information(target)
-        loss = views_loss(
+        return views_loss(
             target.unflatten(0, (-1, count)), answers.unflatten(0, (-1, count)), self.config.student_temperature
         )
-        return loss, {"entropy": entropy, "spread": spread}
+
+    def _information(self, wanted: Encoded) -> dict[str, float]:
+        """Return what the teacher's answers tell: of pictures, or of patches where nothing is asked of pictures."""
+        centre, answers = (0, wanted.summary) if self.config.views else (1, wanted.patches.flatten(0, 1))
+        entropy, spread = information(self._centres[centre].sharpened(answers, self._temperature))
+        return {"entropy": entropy, "spread": spread}
 
     def _places_loss(self, teacher: Encoded, answers: Encoded, large: Sequence[Crops]) -> Tensor:
         """Compare each patch of a large crop with the teacher's tokens around the same place of the other crop."""
