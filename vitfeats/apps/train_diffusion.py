@@ -200,7 +200,7 @@ def train_diffusion(
 
     Args:
         pictures: From :func:`vitfeats.pictures.read_pictures`; their shorter side at least ``config.size``.
-        config: Settings; None is the defaults, those of the bundled ``ddpm_mini``.
+        config: Settings; None is the defaults.
         held_out: Pictures that are judged by and not learnt from.
         seed: Of the first weights, and of every crop and noise.
         out: Folder for the history, checkpoints, samples and the result, ``model/``; None writes nothing.

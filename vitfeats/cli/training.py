@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitfeats.cli.shared import extractor_of, say
 from vitfeats.commands import Pretrain, TrainDiffusion, TrainHyperfeatures
@@ -20,6 +20,8 @@ from vitfeats.errors import ConfigError
 if TYPE_CHECKING:
     from vitfeats.apps.evaluation import Pair
 
+C = TypeVar("C")
+
 JUDGED = 50  # held-out pictures that a training of hyperfeatures looks at
 
 
@@ -28,9 +30,7 @@ def diffusion(command: TrainDiffusion) -> int:
     from vitfeats.apps.train_diffusion import train_diffusion
     from vitfeats.pictures import read_names, read_pictures
 
-    config = TrainDiffusionConfig() if command.config is None else read_config(command.config, TrainDiffusionConfig)
-    given = {"steps": command.steps, "minutes": command.minutes}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = _config(command, TrainDiffusionConfig, steps=command.steps, minutes=command.minutes)
     kept = [] if command.held_out is None else read_names(command.held_out)
     side = round(1.25 * config.size)  # so that crops differ
     pictures = read_pictures(command.pictures, side=side, without=kept)
@@ -65,11 +65,7 @@ def aggregation(command: TrainHyperfeatures) -> int:
     from vitfeats.apps.train_hyperfeatures import train_hyperfeatures
     from vitfeats.pictures import read_names, read_pictures
 
-    config = TrainHyperfeaturesConfig()
-    if command.config is not None:
-        config = read_config(command.config, TrainHyperfeaturesConfig)
-    if command.steps is not None:
-        config = dataclasses.replace(config, steps=command.steps)
+    config = _config(command, TrainHyperfeaturesConfig, steps=command.steps)
     diffusion = DiffusionConfig.preset("hyperfeatures")
     if command.diffusion is not None:
         diffusion = read_config(command.diffusion, DiffusionConfig, base=diffusion)
@@ -119,9 +115,7 @@ def pretrained(command: Pretrain) -> int:
     from vitfeats.apps.pretrain import Collection, pretrain
     from vitfeats.pictures import open_pictures, read_names, read_pictures
 
-    config = PretrainConfig() if command.config is None else read_config(command.config, PretrainConfig)
-    given = {"steps": command.steps, "minutes": command.minutes}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = _config(command, PretrainConfig, steps=command.steps, minutes=command.minutes)
     kept = [] if command.held_out is None else read_names(command.held_out)
     broken: dict[str, str] = {}
     pictures = open_pictures(command.data, side=config.side, without=kept, broken=broken)
@@ -156,6 +150,12 @@ def pretrained(command: Pretrain) -> int:
     for name, reason in broken.items():
         print(f"vitfeats: skipped '{name}': {reason}", file=sys.stderr)
     return 0 if result.stopped == "done" else 1
+
+
+def _config(command: Any, kind: type[C], **given: Any) -> C:
+    """Return the defaults, changed by the command's file, changed by what was given on the command line."""
+    config = kind() if command.config is None else read_config(command.config, kind)
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
 
 
 def _annotated(file: Path, folder: Path, without: Sequence[str]) -> "list[Pair]":
