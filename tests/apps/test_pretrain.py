@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import kill_now_and_then
+from PIL import Image
 from torch import Tensor
 
 import vitfeats as vf
@@ -390,6 +395,28 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(pictures, tmp_p
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
+    for name, picture in photos().items():
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "pictures" / name)
+    (tmp_path / "settings.yaml").write_text(write_config(replace(ALL, steps=60, drop_path=0.2)))
+
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same bits come from as many threads
+
+    def start(name: str) -> subprocess.Popen:
+        files = ("--data", "pictures", "--config", "settings.yaml", "--out", name)
+        code = "from vitfeats.cli import main; main()"
+        command = [sys.executable, "-c", code, "pretrain", *files, "--seed", "5", "--device", "cpu", "--resume"]
+        return subprocess.Popen(command, cwd=tmp_path, env=alone, stdout=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    kill_now_and_then(lambda: start("killed"), tmp_path / "killed" / "history.jsonl", most=50, times=3, seed=1)
+    assert start("killed").wait() == 0
+    for name in ("history.jsonl", "config.yaml", "curves.png", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_run_leaves_a_model_curves_and_its_settings(pictures, tmp_path):

@@ -4,12 +4,10 @@ import copy
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from killing import kill_now_and_then
 from PIL import Image
 from torch import Tensor, nn
 
@@ -374,13 +373,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path, views):
 
     assert start("whole").wait() == 0
     history = tmp_path / "killed" / "history.jsonl"
-    kills = sorted(random.Random(views).sample(range(2, 55), 5))
-    for step in kills:
-        process = start("killed")
-        while process.poll() is None and not (history.is_file() and len(history.read_text().splitlines()) >= step):
-            time.sleep(0.003)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it must not have come to its end"
+    kill_now_and_then(lambda: start("killed"), history, most=55, times=5, seed=views)
     assert start("killed").wait() == 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert torch.equal(torch.load(killed / "tensor.pt"), torch.load(whole / "tensor.pt"))
