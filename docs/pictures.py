@@ -266,7 +266,7 @@ def diffusion_ways(_extractor: vf.Extractor) -> Image.Image:
 
 
 def diffusion_chain(_extractor: vf.Extractor) -> Image.Image:
-    """Draw photographs, the noise that inversion makes of them, and what generation makes of it."""
+    """Draw photographs, the noise that inversion makes of them, what generation makes of it, and of other noise."""
     extractor = vf.load_extractor("ddpm_mini", size=(64, 64), device="cpu", diffusion=DiffusionConfig(steps=50))
     assert isinstance(extractor, DiffusionExtractor)
     photographs = [vf.samples.load(name)[0] for name in ("cat", "coffee", "astronaut", "grace_hopper")]
@@ -276,6 +276,7 @@ def diffusion_chain(_extractor: vf.Extractor) -> Image.Image:
         "the photograph": [resize_images(load_image(p)[None], (64, 64))[0] for p in photographs],
         "its noise": [(one / 6 + 0.5).clamp(0, 1) for one in noise],
         "and back": list(again),
+        "from fresh noise": list(extractor.generate(number=len(photographs), seed=1).images),
     }
     panels = [
         (name, to_pil(one).resize((192, 192), Image.Resampling.NEAREST)) for name, row in rows.items() for one in row

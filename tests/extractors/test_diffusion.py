@@ -22,6 +22,7 @@ from vitfeats.configs import DiffusionConfig
 from vitfeats.extractors.diffusion import find_layers, hyperfeature_layers
 from vitfeats.hooks import count_hooks
 from vitfeats.models.diffusion import denoiser
+from vitfeats.nets.chains import chain_of
 from vitfeats.views import numbered
 
 NEAR = {"atol": 1e-5, "rtol": 0.0}
@@ -488,6 +489,14 @@ def test_the_models_own_schedule_knows_every_spacing_or_says_so(spacing):
         assert found.features.isfinite().all()
     except vf.ConfigError as error:
         assert "schedule='hyperfeatures'" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("inverting", [True, False])
+def test_a_chain_of_all_levels_asks_for_none_above_the_last(thin, inverting):
+    assert thin.scheduler.config.steps_offset == 1
+    model = denoiser(thin)
+    chain = chain_of(DiffusionConfig(schedule="model", steps=1000, keep=1), model, inverting)
+    assert sorted(level for _, level in chain.visits) == list(range(1000))
 
 
 @contextmanager

@@ -75,6 +75,7 @@ def _stable(name: str, source: str, size: int, licence: str, paper: str, *, xl: 
 
 
 _MINI_SHAPE = (4, 2, (2, 3))  # levels, blocks, scales that attend
+_MINI_SCHEDULE = {"prediction_type": "v_prediction"}  # the rest is as diffusers has it
 _LDM = "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022"
 CARDS = (
     _stable("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, "creativeml-openrail-m", _LDM),
@@ -136,7 +137,7 @@ def load(card: ModelCard, checkpoint: str | None = None) -> Denoiser:
     """Load a model of the catalogue; ``checkpoint`` holds other weights for its U-Net."""
     kind, _, source = card.source.partition(":")
     if kind == "bundled":
-        model, checkpoint = denoiser(mini_unet()), checkpoint or str(ASSETS / source)
+        model, checkpoint = Denoiser(mini_unet(), schedule=_MINI_SCHEDULE), checkpoint or str(ASSETS / source)
     else:
         model = load_repository(source, card.name)
     if checkpoint is None and card.name == "cleandift_sd21":

@@ -63,6 +63,8 @@ def _library(steps: int, model: Denoiser, inverting: bool) -> Chain:
     settings.setdefault("clip_sample", model.vae is None)
     if settings.get("timestep_spacing") not in ("leading", "trailing"):
         settings["timestep_spacing"] = "leading"
+    if steps == len(model.kept):
+        settings["steps_offset"] = 0  # an offset would ask for a level above the last
     scheduler: Any = kind(**settings)
     scheduler.set_timesteps(steps)
     times = [int(time) for time in scheduler.timesteps]
