@@ -236,7 +236,8 @@ class AggregationNetwork(nn.Module):
                 f"layers, got {mixing}; pass the steps it was trained with"
             )
         where = torch.get_default_device()
-        with torch.device("meta"):
+        # In older torch the default device is not that of a context, so weights are drawn after all.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             network = cls(
                 found,
                 tags,
