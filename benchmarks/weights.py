@@ -102,11 +102,11 @@ def accuracy(known: Collection, asked: Collection, describe) -> float:
 def _cls(extractor: vf.Extractor, pictures: Sequence[np.ndarray]) -> Tensor:
     small = extractor.resized(size=112)
     tap = f"cls@{extractor.card.depth - 1}"
-    return torch.cat([d.features[:, 0] for d in small.each(pictures, tap, batch_size=32)])
+    return torch.cat([d.features[:, 0] for d in small.each(pictures, tap, batch_size=256)])
 
 
 def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    small = [resize_images(torch.from_numpy(p).permute(2, 0, 1)[None].float() / 255, (8, 8)) for p in pictures]
+    small = [resize_images(torch.tensor(p).permute(2, 0, 1)[None].float() / 255, (8, 8)) for p in pictures]
     return F.normalize((torch.cat(small) - 0.5).flatten(1), dim=1)
 
 

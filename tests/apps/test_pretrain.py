@@ -127,6 +127,7 @@ def _sharp(answers: Tensor, centre: Tensor) -> Tensor:
 @torch.no_grad()
 def test_a_step_is_the_published_formulas(pictures, monkeypatch):
     config = replace(ALL, drop_path=0.0, local_crops=2, teacher_temperature=(0.05, 0.05), centre_momentum=0.7)
+    config = replace(config, places_temperature=0.2)
     trainer = Pretrainer(pictures, config)
     trainer.step()  # so that student, teacher and centres differ from each other and from nothing
     crops, masks = [], []
@@ -182,19 +183,18 @@ def test_a_step_is_the_published_formulas(pictures, monkeypatch):
         where, inside = crops[here].place_in(crops[there], 2)
         each = []
         for image in range(4):
-            found_here = []
-            for patch in range(4):
-                if not inside[image, patch]:
-                    continue
+            targets, looking = [], []
+            for patch in inside[image].nonzero()[:, 0].tolist():
                 x, y = ((where[image, patch].double() + 1) - 0.5).tolist()  # from token to token is 1
                 target, tokens = 0, wanted[there][0].patches[image].double()
                 for row, down in ((0, 1 - y), (1, y)):
                     for col, across in ((0, 1 - x), (1, x)):
                         target = target + down * across * tokens[2 * row + col]
-                goal = _sharp(kept.teacher.head(target.float()), before[1])
-                found_here.append(_entropies(goal, said[here][2][image, patch]))
-            if found_here:
-                each.append(torch.stack(found_here).mean())
+                targets.append(target / target.norm())
+                looking.append(said[here][0].patches[image, patch].double())
+            if targets:
+                powers = torch.stack([torch.stack([(p / p.norm() @ t / 0.2).exp() for t in targets]) for p in looking])
+                each.append(-(powers.diagonal() / powers.sum(1)).log().mean())
         places.append(torch.stack(each).mean() if each else torch.zeros((), dtype=torch.float64))
     assert found["places"] == pytest.approx(float(torch.stack(places).mean()), rel=1e-3)
     assert any(float(place) > 0 for place in places)

@@ -12,6 +12,7 @@ from vitfeats.apps.pretrain.objective import (
     block_masks,
     cross_entropy,
     information,
+    places_loss,
     tokens_loss,
     views_loss,
 )
@@ -89,6 +90,36 @@ def test_tokens_that_are_not_chosen_get_no_gradient():
 
 
 # The teacher ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_looks_for_its_place_among_those_of_its_image_that_are_seen():
+    wanted, answers = noise(3, 5, 6, seed=4), noise(3, 5, 6, seed=5)
+    chosen = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 1]], dtype=torch.bool)
+    means = []
+    for image in (0, 2):
+        seen, each = chosen[image].nonzero()[:, 0].tolist(), []
+        for patch in seen:
+            cosines = [torch.cosine_similarity(answers[image, patch], wanted[image, o], dim=0).item() for o in seen]
+            powers = np.exp(np.array(cosines) / 0.3)
+            each.append(-math.log(powers[seen.index(patch)] / powers.sum()))
+        means.append(np.mean(each))
+    answers.requires_grad_()
+    loss = places_loss(wanted, answers, chosen, 0.3)
+    assert float(loss.detach()) == pytest.approx(np.mean(means), rel=1e-5)
+    loss.backward()
+    assert answers.grad is not None
+    assert answers.grad.isfinite().all()
+    assert (answers.grad.abs().sum(-1) > 0).equal(chosen)
+
+
+def test_a_place_is_found_again_or_is_one_of_many():
+    tokens = torch.eye(7)[None]
+    whole = torch.ones(1, 7, dtype=torch.bool)
+    assert float(places_loss(tokens, tokens, whole, 0.01)) < 1e-6
+    assert float(places_loss(torch.ones(1, 7, 4), tokens[..., :4], whole, 0.1)) == pytest.approx(math.log(7), rel=1e-5)
+    nothing = places_loss(tokens, tokens.clone().requires_grad_(), ~whole, 0.1)
+    assert float(nothing.detach()) == 0
+    nothing.backward()
 
 
 def test_the_centre_is_a_running_mean_over_all_but_the_last_axis():

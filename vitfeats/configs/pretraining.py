@@ -23,7 +23,7 @@ class PretrainConfig:
         flip: Probability that a crop is mirrored.
         views: Weight of DINO's loss: the CLS token of one crop says what the teacher's says of another.
         masked: Weight of iBOT's loss: a masked patch says what the teacher's, which sees it, says.
-        places: Weight of the same between patches of both large crops that show the same place.
+        places: Weight of finding a patch of one large crop again in the other, among its places.
         labels: Weight of the cross-entropy of a linear classifier on CLS, for pictures in folders of classes.
         unlabelled: Folders that are no class.
         mask_share: Smallest and largest share of a crop's patches that are masked.
@@ -32,6 +32,7 @@ class PretrainConfig:
         hidden: Channels between the layers of the head.
         bottleneck: Channels that prototypes are compared in.
         student_temperature: Sharpness of the student's answers.
+        places_temperature: What cosines between patches are divided by, for ``places``.
         teacher_temperature: Of the teacher's, at the first step and after ``warmup``.
         centre_momentum: Of the running mean that is taken off the teacher's answers.
         momentum: Of the teacher's weights, at the first step; it rises to 1.
@@ -77,6 +78,7 @@ class PretrainConfig:
     hidden: int = 1024
     bottleneck: int = 192
     student_temperature: float = 0.1
+    places_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.06)
     centre_momentum: float = 0.9
     momentum: float = 0.992
@@ -109,7 +111,7 @@ class PretrainConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"expected {name} as two shares in 0..1, in order, got {(low, high)}")
-        if min(self.student_temperature, *self.teacher_temperature) <= 0:
+        if min(self.student_temperature, self.places_temperature, *self.teacher_temperature) <= 0:
             raise ConfigError("expected temperatures above 0; try 0.1 for the student, 0.04 and 0.06 for the teacher")
         if not self.views + self.masked + self.places + self.labels:
             raise ConfigError("expected a loss with a weight above 0, got none; try views=1.0, masked=1.0")

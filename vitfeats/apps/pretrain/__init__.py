@@ -1,9 +1,9 @@
 """Self-distillation on pictures of one's own: a student learns to say of a crop what its slow teacher says of another.
 
 DINO (Caron et al., Emerging Properties in Self-Supervised Vision Transformers, ICCV 2021) for the CLS token; iBOT
-(Zhou et al., Image BERT Pre-Training with Online Tokenizer, ICLR 2022) for masked patches; and for patches of two
-crops that show the same place, as in PixPro (Xie et al., Propagate Yourself, CVPR 2021). Labels may help, if there are
-any.
+(Zhou et al., Image BERT Pre-Training with Online Tokenizer, ICLR 2022) for masked patches. Beside them, patches of one
+crop are found again in another, after DenseCL (Wang et al., Dense Contrastive Learning for Self-Supervised Visual
+Pre-Training, CVPR 2021). Labels may help, if there are any.
 """
 
 from vitfeats.apps.pretrain.collection import Collection

@@ -1,4 +1,4 @@
-"""What student and teacher are compared by: the cross-entropies of DINO, iBOT and PixPro's places, and the masks."""
+"""What student and teacher are compared by: the cross-entropies of DINO and iBOT, places found again, and the masks."""
 
 import math
 
@@ -74,12 +74,38 @@ def tokens_loss(
 
     With masked tokens chosen it is iBOT's loss (equation 2 there).
     """
+    return _mean(cross_entropy(wanted[chosen], answers[chosen], temperature), chosen)
+
+
+def places_loss(
+    wanted: Float[Tensor, "batch tokens dim"],
+    answers: Float[Tensor, "batch tokens dim"],
+    chosen: Bool[Tensor, "batch tokens"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Return how uncertain it is, by cosines of tokens, where a picture's patches are found again.
+
+    Each chosen patch of the student looks for its place among the teacher's tokens at the places of all chosen patches
+    of its image: the cross-entropy of a softmax over cosine similarities divided by ``temperature`` (InfoNCE: van den
+    Oord et al., 2018; between patches: Wang et al., DenseCL, CVPR 2021). Its value where nothing is known is the
+    logarithm of how many there are. The mean is that of :func:`tokens_loss`.
+
+    Args:
+        wanted: The teacher's token at the place of each of the student's patches.
+        answers: The student's patches.
+        chosen: Those whose place the teacher sees.
+        temperature: Positive; the lower, the more the most similar wrong place counts.
+    """
+    similarities = F.normalize(answers.float(), dim=-1) @ F.normalize(wanted.float(), dim=-1).mT / temperature
+    logs = similarities.masked_fill(~chosen[:, None], -math.inf).log_softmax(-1)
+    return _mean(-logs.diagonal(dim1=1, dim2=2)[chosen], chosen)
+
+
+def _mean(losses: Float[Tensor, " n"], chosen: Bool[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
+    """Return the mean over images of the means over their chosen tokens; images without any are left out."""
     counts = chosen.sum(1)
-    if not bool(counts.any()):
-        return answers.sum() * 0.0
-    losses = cross_entropy(wanted[chosen], answers[chosen], temperature)
     shares = (1 / counts.clamp(min=1))[:, None].expand_as(chosen)[chosen]
-    return (losses * shares).sum() / (counts > 0).sum()
+    return (losses * shares).sum() / (counts > 0).sum().clamp(min=1)
 
 
 def at_places(

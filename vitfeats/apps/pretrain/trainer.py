@@ -20,6 +20,7 @@ from vitfeats.apps.pretrain.objective import (
     at_places,
     block_masks,
     information,
+    places_loss,
     tokens_loss,
     views_loss,
 )
@@ -166,10 +167,11 @@ class Pretrainer:
                     target = self._centres[1].sharpened(wanted.patches, self._temperature)
                     losses["masked"] = tokens_loss(target, answers.patches, hidden, config.student_temperature)
                 if config.places:
-                    losses["places"] = self._places_loss(teacher, answers, large)
-                facts = self._information(wanted)
-                self._centres[0].update(wanted.summary)
-                self._centres[1].update(wanted.patches)
+                    losses["places"] = self._places_loss(teacher, student, large)
+                if config.views or config.masked:
+                    facts = self._information(wanted)
+                    self._centres[0].update(wanted.summary)
+                    self._centres[1].update(wanted.patches)
         return losses, facts
 
     def _views_loss(self, wanted: Tensor, answers: Tensor, count: int) -> Tensor:
@@ -184,22 +186,14 @@ class Pretrainer:
         entropy, spread = information(self._centres[centre].sharpened(answers, self._temperature))
         return {"entropy": entropy, "spread": spread}
 
-    def _places_loss(self, teacher: Encoded, answers: Encoded, large: Sequence[Crops]) -> Tensor:
-        """Compare each patch of a large crop with the teacher's tokens around the same place of the other crop."""
+    def _places_loss(self, teacher: Encoded, student: Encoded, large: Sequence[Crops]) -> Tensor:
+        """Let each patch of a large crop look for its place among the teacher's tokens of the other crop."""
+        tokens, patches = teacher.patches.chunk(2), student.patches.chunk(2)
         found = []
-        tokens, said = teacher.patches.chunk(2), answers.patches.chunk(2)
         for here, there in ((0, 1), (1, 0)):
             places, inside = large[here].place_in(large[there], self.grid)
-            with torch.no_grad():
-                target = self.teacher.head(at_places(tokens[there], places))
-            found.append(
-                tokens_loss(
-                    self._centres[1].sharpened(target, self._temperature),
-                    said[here],
-                    inside,
-                    self.config.student_temperature,
-                )
-            )
+            wanted = at_places(tokens[there], places)
+            found.append(places_loss(wanted, patches[here], inside, self.config.places_temperature))
         return torch.stack(found).mean()
 
     def _labels_loss(self, student: Encoded, chosen: Sequence[int]) -> Tensor:
