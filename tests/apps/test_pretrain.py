@@ -23,8 +23,9 @@ from vitfeats.apps.pretrain import run as run_module
 from vitfeats.apps.pretrain import trainer as module
 from vitfeats.apps.pretrain.crops import Batch, middle_crops
 from vitfeats.configs import PretrainConfig, read_config, write_config
-from vitfeats.errors import ConfigError, UnknownModelError, WeightsUnavailableError
+from vitfeats.errors import ConfigError, ImageError, UnknownModelError, WeightsUnavailableError
 from vitfeats.nets.encoding import encode
+from vitfeats.pictures import open_pictures
 
 TINY = PretrainConfig(
     model="test_vit",
@@ -291,6 +292,29 @@ def test_pictures_without_a_class_have_no_loss_of_labels():
     made = Collection.of(photos())
     unknown = Collection(made.pictures, torch.full((12,), -1), made.classes)
     assert Pretrainer(unknown, ALL).step()["labels"] == 0
+
+
+def test_a_picture_that_turns_out_to_be_damaged_is_named_and_left_out(tmp_path):
+    """Where pictures do not fit into memory, only the first bytes of each have been looked at before."""
+    for name, picture in photos().items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path)
+    whole = (tmp_path / "dogs" / "4.png").read_bytes()
+    (tmp_path / "dogs" / "4.png").write_bytes(whole[:-60])
+    found = Collection.of(open_pictures(tmp_path, side=32, most=0))
+    trainer = Pretrainer(found, replace(ALL, batch=12), held_out=found)
+    with pytest.warns(RuntimeWarning, match="left out: 'dogs/4.png' of"):
+        losses = trainer.step()
+    assert math.isfinite(losses["loss"])
+    with pytest.warns(RuntimeWarning, match="left out: 'dogs/4.png' of"):
+        assert 0 <= trainer.judged()["knn"] <= 1
+    for path in tmp_path.glob("*/*.png"):
+        path.write_bytes(whole[:-60])
+    before = weights(trainer)
+    with pytest.warns(RuntimeWarning), pytest.raises(ImageError, match=r"\.png"):
+        trainer.step()
+    assert same(before, weights(trainer))
 
 
 def test_each_picture_is_seen_once_an_epoch(pictures):

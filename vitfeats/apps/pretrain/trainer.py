@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from vitfeats.apps.pretrain.objective import (
 )
 from vitfeats.card import IMAGENET_MEAN, IMAGENET_STD
 from vitfeats.configs import PretrainConfig, plain_config
-from vitfeats.errors import ConfigError
+from vitfeats.errors import ConfigError, ImageError
 from vitfeats.models.trainable import new_network, takes_any_size
 from vitfeats.nets.encoding import Encoded, encode
 from vitfeats.nets.projection import ProjectionHead
@@ -131,7 +132,8 @@ class Pretrainer:
 
     def _losses(self, chosen: Sequence[int], rng: torch.Generator) -> tuple[dict[str, Tensor], dict[str, float]]:
         config = self.config
-        batch = Batch.of([self.collection.pictures[index] for index in chosen], self.device)
+        chosen, pictures = _read(self.collection, chosen)
+        batch = Batch.of(pictures, self.device)
         large = [self._crops(batch, config.size, config.global_scale, first, rng) for first in (True, False)]
         small = [
             self._crops(batch, config.local_size, config.local_scale, None, rng)
@@ -150,41 +152,49 @@ class Pretrainer:
         losses: dict[str, Tensor] = {}
         facts: dict[str, float] = {}
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-            student, answers = self.student(seen, hidden)
+            student = self.student(seen, hidden)
             if config.labels:
                 losses["labels"] = self._labels_loss(student, chosen)
             if config.views or config.masked or config.places:
                 with torch.no_grad():
-                    teacher, wanted = self.teacher(seen)
+                    teacher = self.teacher(seen)
                 if config.views:
-                    others = [answers.summary]
+                    shown = [student.summary]
                     if small:
                         told = _normalised(torch.cat([crops.images for crops in small]))
-                        others.append(self.student.head(encode(self.student.network, told).summary))
-                    losses["views"] = self._views_loss(wanted.summary, torch.cat(others), len(chosen))
+                        shown.append(self.student(told).summary)
+                    losses["views"], target = self._views_loss(teacher, torch.cat(shown), len(chosen))
+                    facts = _information(target)
                 if config.masked:
                     assert hidden is not None
-                    target = self._centres[1].sharpened(wanted.patches, self._temperature)
-                    losses["masked"] = tokens_loss(target, answers.patches, hidden, config.student_temperature)
+                    losses["masked"], target = self._masked_loss(teacher, student, hidden)
+                    facts = facts or _information(target.flatten(0, 1))  # where nothing is asked of pictures
                 if config.places:
                     losses["places"] = self._places_loss(teacher, student, large)
-                if config.views or config.masked:
-                    facts = self._information(wanted)
-                    self._centres[0].update(wanted.summary)
-                    self._centres[1].update(wanted.patches)
         return losses, facts
 
-    def _views_loss(self, wanted: Tensor, answers: Tensor, count: int) -> Tensor:
-        target = self._centres[0].sharpened(wanted, self._temperature)
-        return views_loss(
-            target.unflatten(0, (-1, count)), answers.unflatten(0, (-1, count)), self.config.student_temperature
+    def _views_loss(self, teacher: Encoded, shown: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Compare what is said of all crops with what the teacher says of the large ones; return that as well."""
+        target = self._wanted(self._centres[0], teacher.summary)
+        loss = views_loss(
+            target.unflatten(0, (-1, count)),
+            self.student.head(shown).unflatten(0, (-1, count)),
+            self.config.student_temperature,
         )
+        return loss, target
 
-    def _information(self, wanted: Encoded) -> dict[str, float]:
-        """Return what the teacher's answers tell: of pictures, or of patches where nothing is asked of pictures."""
-        centre, answers = (0, wanted.summary) if self.config.views else (1, wanted.patches.flatten(0, 1))
-        entropy, spread = information(self._centres[centre].sharpened(answers, self._temperature))
-        return {"entropy": entropy, "spread": spread}
+    def _masked_loss(self, teacher: Encoded, student: Encoded, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        target = self._wanted(self._centres[1], teacher.patches)
+        loss = tokens_loss(target, self.student.head(student.patches), hidden, self.config.student_temperature)
+        return loss, target
+
+    @torch.no_grad()
+    def _wanted(self, centre: Centre, said: Tensor) -> Tensor:
+        """Return the teacher's answers, sharpened after the mean until now, which these then go into."""
+        answers = self.teacher.head(said)
+        target = centre.sharpened(answers, self._temperature)
+        centre.update(answers)
+        return target
 
     def _places_loss(self, teacher: Encoded, student: Encoded, large: Sequence[Crops]) -> Tensor:
         """Let each patch of a large crop look for its place among the teacher's tokens of the other crop."""
@@ -285,10 +295,12 @@ class Pretrainer:
         asked = [index for index, label in enumerate(self.held_out.labels.tolist()) if label >= 0]
         if not known or not asked:
             return {}
+        known, answers = _read(self.collection, known)
+        asked, questions = _read(self.held_out, asked)
         found = neighbours_accuracy(
-            self.summaries([self.collection.pictures[index] for index in known]),
+            self.summaries(answers),
             self.collection.labels[known],
-            self.summaries([self.held_out.pictures[index] for index in asked]),
+            self.summaries(questions),
             self.held_out.labels[asked],
             k=self.config.neighbours,
         )
@@ -358,6 +370,28 @@ class Pretrainer:
         return found
 
 
+def _read(collection: Collection, numbers: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
+    """Return pictures and their numbers, without those that turn out to be damaged where each is read when it is due.
+
+    Raises:
+        ImageError: If none of them can be read.
+    """
+    read: list[int] = []
+    pictures: list[np.ndarray] = []
+    damaged: list[ImageError] = []
+    for number in numbers:
+        try:
+            pictures.append(collection.pictures[number])
+        except ImageError as error:
+            warnings.warn(f"left out: {error}", RuntimeWarning, stacklevel=2)
+            damaged.append(error)
+        else:
+            read.append(number)
+    if not read:
+        raise damaged[0]
+    return read, pictures
+
+
 class _Pupil(nn.Module):
     """A network with its head, its classifier, and the token that stands for what is hidden."""
 
@@ -384,10 +418,9 @@ class _Pupil(nn.Module):
         self.mask = nn.Parameter(0.02 * torch.randn(dim))
         self.classifier = nn.Linear(dim, classes) if config.labels else nn.Identity()
 
-    def forward(self, images: Tensor, hidden: Tensor | None = None) -> tuple[Encoded, Encoded]:
-        """Return what the network says, and what its head makes of it."""
-        found = encode(self.network, images, hidden=hidden, mask=self.mask)
-        return found, Encoded(self.head(found.summary), self.head(found.patches))
+    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Encoded:
+        """Return what the network says; what the head makes of it is asked of the head."""
+        return encode(self.network, images, hidden=hidden, mask=self.mask)
 
 
 def _patch(network: nn.Module) -> int:
@@ -406,6 +439,11 @@ def _groups(student: nn.Module) -> list[dict[str, Any]]:
     known = {id(p) for p in decays}
     rest = [p for p in student.parameters() if id(p) not in known]
     return [{"params": decays, "decays": True}, {"params": rest, "decays": False}]
+
+
+def _information(answers: Tensor) -> dict[str, float]:
+    entropy, spread = information(answers)
+    return {"entropy": entropy, "spread": spread}
 
 
 def _normalised(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
