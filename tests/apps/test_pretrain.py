@@ -481,7 +481,15 @@ def test_neighbours_are_those_of_the_teachers_summaries(pictures, monkeypatch):
     monkeypatch.setattr(trainer, "summaries", lambda some: counts.append(len(some)) or torch.rand(len(some), 4))
     monkeypatch.setattr(module, "_JUDGED", 5)
     trainer.judged()
-    assert counts == [4, 12]  # at most 5 of those learned from, evenly apart
+    assert sorted(counts) == [4, 12]  # at most 5 of those learned from, evenly apart
+
+
+def test_the_teachers_classifier_is_judged(pictures):
+    held_out = Collection.of(photos(), classes=pictures.classes)
+    trainer = Pretrainer(pictures, ALL, held_out=held_out)
+    taken(trainer, 2)
+    answers = trainer.teacher.classifier(trainer.summaries(pictures.pictures)).argmax(1)
+    assert trainer.judged()["top1"] == sum(a == b for a, b in zip(answers, pictures.labels, strict=True)) / 12
 
 
 def test_without_classes_nothing_is_measured(pictures):

@@ -21,7 +21,7 @@ from vitfeats.runs import RunFolder, begin, interruption, take_steps
 
 _TIMED = 20  # steps after which it is known how long one takes
 _LEFT_OUT = 5  # of them: the first are slower
-PANELS = (("loss", "views", "masked", "places", "labels"), ("entropy", "spread"), ("knn",))
+PANELS = (("loss", "views", "masked", "places", "labels"), ("entropy", "spread"), ("knn", "top1"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class PretrainResult:
     Attributes:
         network: The teacher, in evaluation mode, on the CPU.
         history: One record a step: ``step``, ``loss`` and its terms, ``entropy`` and ``spread`` of the teacher's
-            answers in nats, and ``knn`` where that was measured.
+            answers in nats, and ``knn`` and ``top1`` where they were measured.
         config: The settings.
         stopped: Why the run ended: "done", "collapsed", "interrupted" or "not finite".
     """

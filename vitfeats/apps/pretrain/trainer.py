@@ -283,9 +283,10 @@ class Pretrainer:
 
     @torch.no_grad()
     def judged(self) -> dict[str, float]:
-        """Return ``knn``: the share of held-out pictures whose class their neighbours among the others say, 0..1.
+        """Return shares of held-out pictures whose class is said right, 0..1: how much the teacher knows.
 
-        Middle crops of size ``config.size``; at most 2000 of the pictures that are learned from. Empty without classes.
+        Middle crops of size ``config.size``. ``knn``: said by the nearest among the pictures that are learned from, at
+        most 2000 of them; ``top1``: by the classifier, with a loss of labels. Empty without classes.
         """
         if self.held_out is None or not self.collection.classes:
             return {}
@@ -297,14 +298,16 @@ class Pretrainer:
             return {}
         known, answers = _read(self.collection, known)
         asked, questions = _read(self.held_out, asked)
-        found = neighbours_accuracy(
-            self.summaries(answers),
-            self.collection.labels[known],
-            self.summaries(questions),
-            self.held_out.labels[asked],
-            k=self.config.neighbours,
-        )
-        return {"knn": found}
+        told, labels = self.summaries(questions), self.held_out.labels[asked]
+        found = {
+            "knn": neighbours_accuracy(
+                self.summaries(answers), self.collection.labels[known], told, labels, k=self.config.neighbours
+            )
+        }
+        if self.config.labels:
+            said = self.teacher.classifier(told.to(self.device)).argmax(1).cpu()
+            found["top1"] = float((said == labels).double().mean())
+        return found
 
     @torch.no_grad()
     def summaries(self, pictures: Sequence[np.ndarray]) -> Float[Tensor, "n dim"]:
