@@ -1,17 +1,19 @@
-"""What weights are worth: the same figures for any vision transformer, beside what a fool would get.
+r"""What weights are worth: the same figures for any model, beside what a fool would get.
 
     python benchmarks/weights.py PICTURES --names held_out.txt
     python benchmarks/weights.py PICTURES --names held_out.txt --models mini runs/pretrained/model
+    python benchmarks/weights.py PICTURES --names held_out.txt --models vgg_mini --random "" \
+        --taps out@relu2_1 out@relu3_1 out@relu4_1
 
 PICTURES is a folder or a tar file whose folders are classes; --names lists those that were held out. Figures:
 
 - k-NN: of the held-out pictures that have a class, how many get it from their 20 nearest neighbours among the others;
-  cosine of the normed CLS token, shorter side 112 pixels.
-- Warps: PCK@0.1 of 150 held-out pictures and their random homographies with other colours, by block; 224 pixels.
+  cosine of the normed CLS token, or of the last layer's mean where there is none; shorter side 112 pixels.
+- Warps: PCK@0.1 of 150 held-out pictures and their random homographies with other colours, by tap; 224 pixels.
 - Stereo: of the left tokens whose place in the right picture is known, how many get a mutual match within 8 pixels of
-  it; 448 pixels, stride half a patch.
+  it; the last tap, 448 pixels, stride half a patch.
 
-Rows: "the same place" as the answer, raw pixels, the first model's network with random weights, and each model.
+Rows: "the same place" as the answer, raw pixels, a network with random weights, and each model.
 """
 
 import argparse
@@ -44,11 +46,10 @@ def main() -> None:
     parser.add_argument("--names", type=Path, required=True, help="text file, one name a line")
     parser.add_argument("--models", nargs="+", default=["mini"])
     parser.add_argument(
-        "--random", default="vit_tiny_patch16_224", help="timm's name of the network with random weights"
+        "--random", default="vit_tiny_patch16_224", help="timm's name of a network with random weights; empty: no row"
     )
     parser.add_argument("--unlabelled", nargs="*", default=["BACKGROUND_Google"], help="folders that are no class")
-    parser.add_argument("--facet", default="key")
-    parser.add_argument("--blocks", nargs="+", type=int, default=[5, 7, 9, 11])
+    parser.add_argument("--taps", nargs="+", default=["key@5", "key@7", "key@9", "key@11"])
     parser.add_argument("--warps", type=int, default=WARPS, help="pictures to warp")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -60,28 +61,27 @@ def main() -> None:
     chosen = torch.randperm(len(held_out), generator=numbered(SEED))[: options.warps].tolist()
     pairs = WarpedImages([list(held_out.values())[index] for index in chosen], seed=SEED)
 
-    taps = [f"{options.facet}@{block}" for block in options.blocks]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        untrained = new_network(options.random, 112).eval()
-    extractors = {"random weights": load_extractor(untrained, norm=True)}
-    extractors |= {f"`{name}`": load_extractor(name, device="cpu", norm=True) for name in options.models}
+    taps = options.taps
+    extractors = {}
+    if options.random:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            extractors["random weights"] = load_extractor(new_network(options.random, 112).eval(), norm=True)
+    extractors |= {f"`{name}`": _loaded(name) for name in options.models}
     first = next(iter(extractors.values()))
-    wide, large = first.resized(size=224), first.resized(size=448, stride=first.card.patch // 2)
+    wide, large = first.resized(size=224), _fine(first)
     methods: dict[str, Describe] = {"raw pixels": lambda image: raw_patches(image, wide.preprocess)}
     methods |= {
         f"{name} {tap}": describe_with(e.resized(size=224), tap) for name, e in extractors.items() for tap in taps
     }
     warps = {row.name: row.shares[0.1] for row in warp_table(methods, pairs)}
     methods = {"raw pixels": lambda image: raw_patches(image, large.preprocess)}
-    methods |= {
-        name: describe_with(e.resized(size=448, stride=e.card.patch // 2), taps[-1]) for name, e in extractors.items()
-    }
+    methods |= {name: describe_with(_fine(e), taps[-1]) for name, e in extractors.items()}
     rows = stereo_table(methods)
     stereo = {row.name: row.matches * row.shares[8] / rows[0].matches for row in rows}
     neighbours = {"raw pixels": accuracy(known, asked, _pixels)}
     for name, extractor in extractors.items():
-        neighbours[name] = accuracy(known, asked, lambda pictures, e=extractor: _cls(e, pictures))
+        neighbours[name] = accuracy(known, asked, lambda pictures, e=extractor: _summaries(e, pictures))
 
     print(f"| row | k-NN | {' | '.join(f'warp {tap}' for tap in taps)} | stereo {taps[-1]} |")
     print("|---" * (3 + len(taps)) + "|")
@@ -99,10 +99,19 @@ def accuracy(known: Collection, asked: Collection, describe) -> float:
     return neighbours_accuracy(*sets, k=20)
 
 
-def _cls(extractor: vf.Extractor, pictures: Sequence[np.ndarray]) -> Tensor:
-    small = extractor.resized(size=112)
-    tap = f"cls@{extractor.card.depth - 1}"
-    return torch.cat([d.features[:, 0] for d in small.each(pictures, tap, batch_size=256)])
+def _loaded(name: str) -> vf.Extractor:
+    extractor = load_extractor(name, device="cpu")
+    return load_extractor(name, device="cpu", norm=True) if extractor.card.has_cls else extractor
+
+
+def _fine(extractor: vf.Extractor) -> vf.Extractor:
+    return extractor.resized(size=448, stride=extractor.card.patch // 2 if extractor.overlaps else None)
+
+
+def _summaries(extractor: vf.Extractor, pictures: Sequence[np.ndarray]) -> Tensor:
+    small, card = extractor.resized(size=112), extractor.card
+    tap = f"cls@{card.depth - 1}" if card.has_cls else f"out@{card.layers[-1]}"
+    return torch.cat([d.features.mean(1) for d in small.each(pictures, tap, batch_size=256)])
 
 
 def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:
