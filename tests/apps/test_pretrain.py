@@ -317,6 +317,25 @@ def test_a_picture_that_turns_out_to_be_damaged_is_named_and_left_out(tmp_path):
     assert same(before, weights(trainer))
 
 
+def test_how_much_crops_are_changed_is_a_setting(pictures, monkeypatch):
+    drawn, draw = [], module.draw_crops
+    monkeypatch.setattr(module, "draw_crops", lambda *a, **k: drawn.append(k) or draw(*a, **k))
+    Pretrainer(pictures, TINY).step()
+    assert [(k["colour"], k["blur"], k["solarise"]) for k in drawn] == [
+        (1.0, 1.0, 0.0),
+        (1.0, 0.1, 0.2),
+        (1.0, 0.5, 0.0),
+    ]
+    drawn.clear()
+    Pretrainer(pictures, replace(TINY, colour=0.5, blur=0.0, flip=0.25, turn=7.0)).step()
+    assert [(k["colour"], k["blur"], k["solarise"]) for k in drawn] == [
+        (0.5, 0.0, 0.0),
+        (0.5, 0.0, 0.1),
+        (0.5, 0.0, 0.0),
+    ]
+    assert all((k["flip"], k["turn"]) == (0.25, 7.0) for k in drawn)
+
+
 def test_each_picture_is_seen_once_an_epoch(pictures):
     trainer = Pretrainer(pictures, replace(TINY, batch=5))
     seen = []

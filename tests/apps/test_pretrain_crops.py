@@ -14,7 +14,7 @@ from vitfeats.apps.pretrain.crops import Batch, Crops, draw_crops, middle_crops
 
 CPU = torch.device("cpu")
 SIZES = ((60, 100), (90, 70), (64, 64))  # (height, width)
-PLAIN = {"scale": (0.2, 0.8), "turn": 0.0, "flip": 0.0, "blur": 0.0, "solarise": 0.0}
+PLAIN = {"scale": (0.2, 0.8), "turn": 0.0, "flip": 0.0, "colour": 1.0, "blur": 0.0, "solarise": 0.0}
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -37,7 +37,7 @@ def maps(*sizes: tuple[int, int]) -> list[np.ndarray]:
 
 @pytest.fixture
 def uncoloured(monkeypatch):
-    monkeypatch.setattr(module, "_coloured", lambda images, blur, solarise, generator: images)
+    monkeypatch.setattr(module, "_coloured", lambda images, colour, blur, solarise, generator: images)
 
 
 def drawn(batch: Batch, side: int, seed: int = 0, **changes) -> Crops:
@@ -267,7 +267,7 @@ def test_a_seed_is_all_that_crops_hang_on():
 
 def test_colours_stay_in_their_range_and_change():
     images = torch.rand(40, 3, 10, 10, generator=rng(1))
-    changed = module._coloured(images, 0.5, 0.5, rng())
+    changed = module._coloured(images, 1.0, 0.5, 0.5, rng())
     assert float(changed.min()) >= 0
     assert float(changed.max()) <= 1
     assert bool((changed != images).flatten(1).any(1).any())
@@ -276,7 +276,7 @@ def test_colours_stay_in_their_range_and_change():
 def test_without_jitter_one_picture_in_five_is_grey_and_the_others_are_as_they_were(monkeypatch):
     monkeypatch.setattr(module, "_JITTER", (0.0,) * 4)
     images = torch.rand(60, 3, 4, 4, generator=rng(1))
-    changed = module._coloured(images, 0.0, 0.0, rng())
+    changed = module._coloured(images, 1.0, 0.0, 0.0, rng())
     grey = tv.rgb_to_grayscale(images, 3)
     made_grey = (changed - grey).abs().amax((1, 2, 3)) < 0.001
     kept = (changed - images).abs().amax((1, 2, 3)) < 1e-5
@@ -284,25 +284,32 @@ def test_without_jitter_one_picture_in_five_is_grey_and_the_others_are_as_they_w
     assert 5 <= int(made_grey.sum()) <= 20
 
 
-def test_colours_are_the_naive_formula():
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_colours_are_the_naive_formula(strength):
     images = torch.rand(30, 3, 5, 5, generator=rng(1))
-    found = module._coloured(images, 0.0, 0.3, rng(7))
+    found = module._coloured(images, strength, 0.0, 0.3, rng(7))
     source = rng(7)
     chance = torch.rand(4, 30, generator=source).double()
     amounts = (2 * torch.rand(4, 30, generator=source) - 1).double() * torch.tensor([[0.4], [0.4], [0.2], [0.1]])
+    amounts = amounts * strength
     weights = np.array([0.299, 0.587, 0.114])
     for n, image in enumerate(images.double().numpy()):
         brightness, contrast, saturation, hue = amounts[:, n].tolist() if chance[0, n] < 0.8 else (0.0,) * 4
         turn = Rotation.from_rotvec(2 * math.pi * hue * np.ones(3) / math.sqrt(3)).as_matrix()
         turned = np.einsum("ij,jhw->ihw", turn, image)
         grey = np.einsum("j,jhw->hw", weights, image)[None]
-        factor = 0.0 if chance[1, n] < 0.2 else 1 + saturation
+        factor = 0.0 if chance[1, n] < 0.2 * strength else 1 + saturation
         wanted = (grey + factor * (turned - grey)) * (1 + brightness)
         mean = np.einsum("j,jhw->hw", weights, wanted).mean()
         wanted = (mean + (wanted - mean) * (1 + contrast)).clip(0, 1)
         if chance[3, n] < 0.3:
             wanted = np.where(wanted > 0.5, 1 - wanted, wanted)
         np.testing.assert_allclose(found[n].numpy(), wanted, atol=1e-5)
+
+
+def test_without_strength_colours_stay_as_they_are():
+    images = torch.rand(30, 3, 5, 5, generator=rng(1))
+    torch.testing.assert_close(module._coloured(images, 0.0, 0.0, 0.0, rng(7)), images, atol=1e-5, rtol=0)
 
 
 def test_a_turn_of_the_hue_is_a_rotation_that_keeps_grey():
@@ -337,5 +344,5 @@ def test_no_blur_leaves_all_as_they_are_and_draws_as_much():
 def test_solarised_values_above_a_half_are_turned_round(monkeypatch):
     monkeypatch.setattr(module, "_JITTER", (0.0,) * 4)
     images = torch.rand(20, 1, 4, 4, generator=rng(1)).expand(-1, 3, -1, -1)  # grey, so that grey is no change
-    found = module._coloured(images, 0.0, 1.0, rng())
+    found = module._coloured(images, 1.0, 0.0, 1.0, rng())
     torch.testing.assert_close(found, torch.where(images > 0.5, 1 - images, images), atol=1e-5, rtol=0)

@@ -21,6 +21,9 @@ class PretrainConfig:
         local_scale: The same of a small one.
         turn: Largest angle that crops are turned by, in degrees.
         flip: Probability that a crop is mirrored.
+        colour: How much colours are changed: 1 as DINO does (brightness, contrast, saturation, hue, grey, solarised),
+            0 not at all, where a colour tells what a thing is.
+        blur: Of DINO's probabilities that a crop is blurred.
         views: Weight of DINO's loss: the CLS token of one crop says what the teacher's says of another.
         masked: Weight of iBOT's loss: a masked patch says what the teacher's, which sees it, says.
         places: Weight of finding a patch of one large crop again in the other, among its places.
@@ -67,6 +70,8 @@ class PretrainConfig:
     local_scale: tuple[float, float] = (0.05, 0.3)
     turn: float = 20.0
     flip: float = 0.5
+    colour: float = 1.0
+    blur: float = 1.0
     views: float = 1.0
     masked: float = 1.0
     places: float = 1.0
@@ -105,7 +110,8 @@ class PretrainConfig:
         require(self, 1, "side", "neighbours", "patience")
         require(self, 0, "local_crops", "views", "masked", "places", "labels", "minutes", "lr", "warmup", "clip")
         require(self, 0, "turn", "freeze_prototypes", "validate_every", "checkpoint_every")
-        require(self, 0, "flip", "mask_probability", "centre_momentum", "momentum", "drop_path", most=1)
+        require(self, 0, "flip", "colour", "blur", "mask_probability", most=1)
+        require(self, 0, "centre_momentum", "momentum", "drop_path", most=1)
         one_of(self, "precision", "auto", "float32", "bfloat16")
         for name in ("global_scale", "local_scale", "mask_share"):
             low, high = getattr(self, name)

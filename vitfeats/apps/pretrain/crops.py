@@ -83,6 +83,7 @@ def draw_crops(
     scale: tuple[float, float],
     turn: float,
     flip: float,
+    colour: float,
     blur: float,
     solarise: float,
     generator: torch.Generator,
@@ -95,13 +96,14 @@ def draw_crops(
         scale: Smallest and largest share of the picture's area.
         turn: Largest angle in degrees, either way; what then lies outside is the picture mirrored at its edge.
         flip: Probability that it is mirrored.
+        colour: How much its colours are changed: what DINO changes them by is multiplied by it.
         blur: Probability that it is blurred.
         solarise: Probability that values above a half are turned round.
         generator: Source of all that is random, on the CPU: the same crops on every device.
     """
     placed = _placed(batch.sizes.cpu(), scale, turn, flip, generator).to(batch.sizes.device)
     images = _read(batch, placed, side)
-    return Crops(_coloured(images, blur, solarise, generator), placed)
+    return Crops(_coloured(images, colour, blur, solarise, generator), placed)
 
 
 def middle_crops(batch: Batch, side: int) -> Float[Tensor, "batch 3 side side"]:
@@ -144,15 +146,15 @@ def _read(batch: Batch, placed: Float[Tensor, "b 2 3"], side: int) -> Float[Tens
 
 
 def _coloured(
-    images: Float[Tensor, "b 3 s s"], blur: float, solarise: float, generator: torch.Generator
+    images: Float[Tensor, "b 3 s s"], strength: float, blur: float, solarise: float, generator: torch.Generator
 ) -> Float[Tensor, "b 3 s s"]:
     """Change brightness, contrast, saturation and hue (four times in five), or to grey (once in five)."""
     count, device = len(images), images.device
     chance = torch.rand(4, count, generator=generator)
-    amounts = (2 * torch.rand(4, count, generator=generator) - 1) * torch.tensor(_JITTER)[:, None]
+    amounts = (2 * torch.rand(4, count, generator=generator) - 1) * torch.tensor(_JITTER)[:, None] * strength
     amounts = (amounts * (chance[0] < 0.8)).to(device)
     grey = torch.tensor(_GREY, device=device).expand(3, 3)
-    saturation = torch.where(chance[1].to(device) < 0.2, 0.0, 1 + amounts[2])[:, None, None]
+    saturation = torch.where(chance[1].to(device) < 0.2 * strength, 0.0, 1 + amounts[2])[:, None, None]
     # All three are linear in the colours, so they are one matrix: its rows sum to the brightness.
     mixing = saturation * _turned_hue(amounts[3]) + (1 - saturation) * grey
     mixing = mixing * (1 + amounts[0])[:, None, None]

@@ -218,15 +218,16 @@ class Pretrainer:
         self, batch: Batch, side: int, scale: tuple[float, float], first: bool | None, rng: torch.Generator
     ) -> Crops:
         # As in DINO: of two large crops the first is blurred, the other a little, and in part solarised.
-        blur = 0.5 if first is None else 1.0 if first else 0.1
-        solarise = 0.2 if first is False else 0.0
         config = self.config
+        blur = config.blur * (0.5 if first is None else 1.0 if first else 0.1)
+        solarise = config.colour * (0.2 if first is False else 0.0)
         return draw_crops(
             batch,
             side,
             scale=scale,
             turn=config.turn,
             flip=config.flip,
+            colour=config.colour,
             blur=blur,
             solarise=solarise,
             generator=rng,
