@@ -3,6 +3,7 @@
 Writes docs/assets/NAME.jpg for every name of :data:`PICTURES`, each below 150 kB. Nothing is downloaded.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -17,9 +18,11 @@ from torch import Tensor
 import vitfeats as vf
 from vitfeats.apps.evaluation.datasets import apply_homography, warp
 from vitfeats.apps.inversion import invert, self_similarity_pca
+from vitfeats.apps.pretrain.run import PANELS
 from vitfeats.configs import DiffusionConfig, InvertConfig, SpliceConfig
 from vitfeats.extractors.diffusion import DiffusionExtractor
 from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor
+from vitfeats.models import bundled
 from vitfeats.preprocess import load_image, to_pil
 from vitfeats.resize import resize_images, spread_map
 
@@ -307,6 +310,13 @@ def mixing(_extractor: vf.Extractor) -> Image.Image:
     return vf.plot.mixing(network.mixing, network.layers, network.steps)
 
 
+def pretraining(_extractor: vf.Extractor) -> Image.Image:
+    """Draw what the training of the bundled weights was logged to do: every 25th step."""
+    lines = (bundled.ASSETS / "mini.jsonl").read_text(encoding="utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    return vf.plot.curves([record for record in history if record["step"] % 25 == 24], PANELS)
+
+
 PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     draw.__name__: draw
     for draw in (
@@ -331,6 +341,7 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         diffusion_chain,
         hyperfeatures,
         mixing,
+        pretraining,
     )
 }
 """Every picture by its name."""
