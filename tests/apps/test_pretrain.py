@@ -44,6 +44,7 @@ TINY = PretrainConfig(
     freeze_prototypes=1,
     neighbours=3,
     patience=1000,
+    places=1.0,
     validate_every=0,
     checkpoint_every=2,
 )

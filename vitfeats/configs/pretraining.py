@@ -74,7 +74,7 @@ class PretrainConfig:
     blur: float = 1.0
     views: float = 1.0
     masked: float = 1.0
-    places: float = 1.0
+    places: float = 3.0
     labels: float = 0.0
     unlabelled: tuple[str, ...] = ()
     mask_share: tuple[float, float] = (0.1, 0.5)
@@ -83,7 +83,7 @@ class PretrainConfig:
     hidden: int = 1024
     bottleneck: int = 192
     student_temperature: float = 0.1
-    places_temperature: float = 0.1
+    places_temperature: float = 0.07
     teacher_temperature: tuple[float, float] = (0.04, 0.06)
     centre_momentum: float = 0.9
     momentum: float = 0.992
