@@ -2,7 +2,7 @@ r"""What weights are worth: the same figures for any model, beside what a fool w
 
     python benchmarks/weights.py PICTURES --names held_out.txt
     python benchmarks/weights.py PICTURES --names held_out.txt --models mini runs/pretrained/model
-    python benchmarks/weights.py PICTURES --names held_out.txt --models vgg_mini --random "" \
+    python benchmarks/weights.py PICTURES --names held_out.txt --models vgg_mini --random vgg_mini \
         --taps out@relu2_1 out@relu3_1 out@relu4_1
 
 PICTURES is a folder or a tar file whose folders are classes; --names lists those that were held out. Figures:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--names", type=Path, required=True, help="text file, one name a line")
     parser.add_argument("--models", nargs="+", default=["mini"])
     parser.add_argument(
-        "--random", default="vit_tiny_patch16_224", help="timm's name of a network with random weights; empty: no row"
+        "--random", default="vit_tiny_patch16_224", help="network with random weights, as for vitfeats pretrain; empty: no row"
     )
     parser.add_argument("--unlabelled", nargs="*", default=["BACKGROUND_Google"], help="folders that are no class")
     parser.add_argument("--taps", nargs="+", default=["key@5", "key@7", "key@9", "key@11"])
@@ -64,9 +64,7 @@ def main() -> None:
     taps = options.taps
     extractors = {}
     if options.random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            extractors["random weights"] = load_extractor(new_network(options.random, 112).eval(), norm=True)
+        extractors["random weights"] = _random(options.random)
     extractors |= {f"`{name}`": _loaded(name) for name in options.models}
     first = next(iter(extractors.values()))
     wide, large = first.resized(size=224), _fine(first)
@@ -102,6 +100,14 @@ def accuracy(known: Collection, asked: Collection, describe) -> float:
 def _loaded(name: str) -> vf.Extractor:
     extractor = load_extractor(name, device="cpu")
     return load_extractor(name, device="cpu", norm=True) if extractor.card.has_cls else extractor
+
+
+def _random(name: str) -> vf.Extractor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = new_network(name, 112).eval()
+    cards = vf.list_models(name)
+    return load_extractor(network, card=cards[0]) if cards else load_extractor(network, norm=True)
 
 
 def _fine(extractor: vf.Extractor) -> vf.Extractor:

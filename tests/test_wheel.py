@@ -17,8 +17,9 @@ def test_the_wheel_has_all_that_runs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         inside = {info.filename: info.file_size for info in opened.infolist()}
-    weights = ROOT / "vitfeats" / "assets" / "mini.safetensors"
-    assert inside["vitfeats/assets/mini.safetensors"] == weights.stat().st_size
+    for name in ("mini", "vgg_mini", "ddpm_mini", "ddpm_mini_aggregation"):
+        weights = Path("vitfeats") / "assets" / f"{name}.safetensors"
+        assert inside[str(weights)] == (ROOT / weights).stat().st_size
     assert inside["vitfeats/assets/README.md"] > 500
     assert "vitfeats/py.typed" in inside
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vitfeats").rglob("*.py")}

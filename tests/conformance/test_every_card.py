@@ -33,6 +33,12 @@ def test_mini_conforms():
     assert set(report.missing) == {"residual"}
 
 
+def test_vgg_mini_conforms():
+    vgg = vf.load_extractor("vgg_mini", device="cpu")
+    report = testing.conformance(lambda **settings: vf.load_extractor(vgg.model, card=vgg.card, **settings))
+    report.raise_for_failures()
+
+
 def test_the_catalogue_is_wide():
     cards = vf.list_models()
     assert len(cards) >= 40

@@ -1,4 +1,4 @@
-"""The model that comes with the package: no download, no set-up."""
+"""The networks that come with the package: no download, no set-up."""
 
 from pathlib import Path
 
@@ -7,8 +7,12 @@ from torch import nn
 
 from vitfeats.card import ModelCard
 from vitfeats.models.weights import load_state, read_checkpoint
+from vitfeats.nets.vgg import SmallVgg
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+_PAPER = "trained for vitfeats on Caltech-101; see assets/README.md"
+_RELUS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu4_1", "relu4_2", "relu5_1")
 
 CARDS = (
     ModelCard(
@@ -21,15 +25,31 @@ CARDS = (
         heads=3,
         position_rule="timm",
         licence="Apache-2.0",
-        paper="trained for vitfeats on Caltech-101; see assets/README.md",
+        paper=_PAPER,
+    ),
+    ModelCard(
+        name="vgg_mini",
+        family="vitfeats",
+        source="bundled:vgg_mini.safetensors",
+        patch=16,
+        depth=len(_RELUS),
+        dim=256,
+        heads=None,
+        prefix_tokens=0,
+        has_cls=False,
+        interpolation="bilinear",
+        default_tap="out@relu4_1",
+        layers=_RELUS,
+        licence="Apache-2.0",
+        paper=_PAPER,
     ),
 )
 
 
 def load(card: ModelCard, checkpoint: str | None = None) -> nn.Module:
-    """Build ``mini`` and load its weights, or those of ``checkpoint``."""
+    """Build the network of a row and load its weights, or those of ``checkpoint``."""
     file = checkpoint or str(ASSETS / card.source.partition(":")[2])
-    model = build()
+    model = SmallVgg().eval() if card.layers else build()
     load_state(model, read_checkpoint(file), file)
     return model
 
