@@ -3,7 +3,7 @@ r"""What weights are worth: the same figures for any model, beside what a fool w
     python benchmarks/weights.py PICTURES --names held_out.txt
     python benchmarks/weights.py PICTURES --names held_out.txt --models mini runs/pretrained/model
     python benchmarks/weights.py PICTURES --names held_out.txt --models vgg_mini --random vgg_mini \
-        --taps out@relu2_1 out@relu3_1 out@relu4_1
+        --taps out@relu3_1 out@relu4_1
 
 PICTURES is a folder or a tar file whose folders are classes; --names lists those that were held out. Figures:
 
@@ -75,8 +75,11 @@ def main() -> None:
     warps = {row.name: row.shares[0.1] for row in warp_table(methods, pairs)}
     methods = {"raw pixels": lambda image: raw_patches(image, large.preprocess)}
     methods |= {name: describe_with(_fine(e), taps[-1]) for name, e in extractors.items()}
-    rows = stereo_table(methods)
-    stereo = {row.name: row.matches * row.shares[8] / rows[0].matches for row in rows}
+    stereo: dict[str, float] = {}
+    for name, describe in methods.items():
+        known_places, found = stereo_table({name: describe})  # the first counts what is known on this grid
+        stereo.setdefault("identity", known_places.shares[8])
+        stereo[name] = found.matches * found.shares[8] / known_places.matches
     neighbours = {"raw pixels": accuracy(known, asked, _pixels)}
     for name, extractor in extractors.items():
         neighbours[name] = accuracy(known, asked, lambda pictures, e=extractor: _summaries(e, pictures))
