@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--names", type=Path, required=True, help="text file, one name a line")
     parser.add_argument("--models", nargs="+", default=["mini"])
     parser.add_argument(
-        "--random", default="vit_tiny_patch16_224", help="network with random weights, as for vitfeats pretrain; empty: no row"
+        "--random",
+        default="vit_tiny_patch16_224",
+        help="network with random weights, as for vitfeats pretrain; empty: no row",
     )
     parser.add_argument("--unlabelled", nargs="*", default=["BACKGROUND_Google"], help="folders that are no class")
     parser.add_argument("--taps", nargs="+", default=["key@5", "key@7", "key@9", "key@11"])
