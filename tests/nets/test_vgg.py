@@ -52,3 +52,9 @@ def test_edges_are_mirrored():
     """With zeros beside the image, a plain one would not stay plain."""
     found = SmallVgg()(torch.full((1, 3, 64, 64), 0.7))
     torch.testing.assert_close(found, found[:, :, :1, :1].expand_as(found), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bundled_network_has_these_layers():
+    bundled = vf.load_extractor("vgg_mini", device="cpu")
+    assert bundled.card.layers == SmallVgg().layers
+    assert bundled.card.depth == len(bundled.card.layers)

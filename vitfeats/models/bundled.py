@@ -6,13 +6,13 @@ import timm
 from torch import nn
 
 from vitfeats.card import ModelCard
+from vitfeats.models.conv import relus
 from vitfeats.models.weights import load_state, read_checkpoint
 from vitfeats.nets.vgg import SmallVgg
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
 _PAPER = "trained for vitfeats on Caltech-101; see assets/README.md"
-_RELUS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu4_1", "relu4_2", "relu5_1")
 
 CARDS = (
     ModelCard(
@@ -32,14 +32,14 @@ CARDS = (
         family="vitfeats",
         source="bundled:vgg_mini.safetensors",
         patch=16,
-        depth=len(_RELUS),
+        depth=9,
         dim=256,
         heads=None,
         prefix_tokens=0,
         has_cls=False,
         interpolation="bilinear",
         default_tap="out@relu4_1",
-        layers=_RELUS,
+        layers=relus(2, 2, 2, 2, 1),
         licence="Apache-2.0",
         paper=_PAPER,
     ),

@@ -30,7 +30,8 @@ def _row(name: str, family: str, arch: str, patch: int, dim: int, layers: tuple[
     )
 
 
-def _relus(*counts: int) -> tuple[str, ...]:
+def relus(*counts: int) -> tuple[str, ...]:
+    """Return the names of a VGG's layers, by the number of convolutions in each block."""
     return tuple(f"relu{block}_{number + 1}" for block, count in enumerate(counts, 1) for number in range(count))
 
 
@@ -38,8 +39,8 @@ _STAGES = ("act1", "layer1", "layer2", "layer3", "layer4")
 _NEXT = ("stages.0", "stages.1", "stages.2", "stages.3")
 
 CARDS = (
-    _row("vgg16", "VGG", "vgg16.tv_in1k", 16, 512, _relus(2, 2, 3, 3, 3), "relu4_1"),
-    _row("vgg19", "VGG", "vgg19.tv_in1k", 16, 512, _relus(2, 2, 4, 4, 4), "relu4_1"),
+    _row("vgg16", "VGG", "vgg16.tv_in1k", 16, 512, relus(2, 2, 3, 3, 3), "relu4_1"),
+    _row("vgg19", "VGG", "vgg19.tv_in1k", 16, 512, relus(2, 2, 4, 4, 4), "relu4_1"),
     _row("resnet18", "ResNet", "resnet18.tv_in1k", 32, 256, _STAGES, "layer3"),
     _row("resnet50", "ResNet", "resnet50.tv_in1k", 32, 1024, _STAGES, "layer3"),
     _row("resnet101", "ResNet", "resnet101.tv_in1k", 32, 1024, _STAGES, "layer3"),
