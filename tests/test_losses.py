@@ -1,5 +1,6 @@
 """The losses: both forms against float64, zero at equality, gradients, and what they refuse."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 
 import vitfeats as vf
 from vitfeats.grid import Frame, PatchGrid
-from vitfeats.losses import moments_loss, transport_loss
+from vitfeats.losses import content_loss, global_style_loss, local_style_loss, moments_loss, transport_loss
 from vitfeats.matching import transport_plan
 from vitfeats.taps import Tap
 
@@ -337,3 +338,190 @@ def test_what_losses_of_token_sets_refuse():
             transport_loss(a, b, place=place)
     with pytest.raises(vf.ConfigError, match="expected epsilon above 0, got 0"):
         transport_loss(a, b, epsilon=0)
+
+
+# Style transfer ------------------------------------------------------------------------------------------------------
+
+
+def _content(a: torch.Tensor, b: torch.Tensor, **settings) -> torch.Tensor:
+    return content_loss(_descriptor(a, "out@relu4_1"), _descriptor(b, "out@relu4_1"), **settings)
+
+
+def _global(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return global_style_loss(_descriptor(a, "out@relu4_1"), _descriptor(b, "out@relu4_1"))
+
+
+def _local(a: torch.Tensor, content: torch.Tensor, style: torch.Tensor, **settings) -> torch.Tensor:
+    return local_style_loss(*(_descriptor(x, "out@relu4_1") for x in (a, content, style)), **settings)
+
+
+def _standard(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(0)) / np.sqrt(x.var(0, ddof=1) + 1e-5)
+
+
+def _local_target(content: np.ndarray, style: np.ndarray) -> np.ndarray:
+    """AdaAttN without learned convolutions, a token and a channel at a time."""
+    queries, keys = _standard(content), _standard(style)
+    made = np.empty_like(content)
+    for i, query in enumerate(queries):
+        weights = np.exp([query @ key for key in keys])
+        weights /= weights.sum()
+        for channel in range(content.shape[1]):
+            mean = sum(w * value for w, value in zip(weights, style[:, channel], strict=True))
+            variance = sum(w * (value - mean) ** 2 for w, value in zip(weights, style[:, channel], strict=True))
+            made[i, channel] = np.sqrt(variance) * query[channel] + mean
+    return made
+
+
+def test_content_is_compared_place_by_place_with_and_without_its_statistics():
+    a, b = _tokens(0), _tokens(1)
+    x, y = a[0].numpy(), b[0].numpy()
+    assert float(_content(a, b)) == pytest.approx(((_standard(x) - _standard(y)) ** 2).mean(), rel=1e-10)
+    assert float(_content(a, b, normalise=False)) == pytest.approx(((x - y) ** 2).mean(), rel=1e-10)
+    # A factor and a shift of each channel are style: they do not count, unless tokens are compared as they are.
+    factors = torch.tensor([0.5, 2.0, 3.0, 10.0, 1.0], dtype=torch.float64)
+    assert float(_content(a * factors - 4, a)) < 1e-9
+    assert float(_content(a * factors - 4, a, normalise=False)) > 1
+    assert float(_content(a.flip(1), a)) > 0.5
+    both = _content(torch.cat([a, b]), torch.cat([b, b]))
+    torch.testing.assert_close(both, _content(a, b) / 2)
+
+
+def test_global_style_is_the_means_and_deviations_of_numpy():
+    a, b = _tokens(0, 12), _tokens(1, 20)
+    x, y = a[0].numpy(), b[0].numpy()
+    means = ((x.mean(0) - y.mean(0)) ** 2).mean()
+    deviations = ((np.sqrt(x.var(0, ddof=1) + 1e-5) - np.sqrt(y.var(0, ddof=1) + 1e-5)) ** 2).mean()
+    assert float(_global(a, b)) == pytest.approx(means + deviations, rel=1e-10)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    assert float(_global(a, a[:, order])) < 1e-20
+    both = _global(torch.cat([a, a]), torch.cat([a, a.flip(2)]))
+    torch.testing.assert_close(both, _global(a, a.flip(2)) / 2)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_local_style_is_the_formula_written_out(spread):
+    a, content, style = _tokens(0, 9), _tokens(1, 9), _tokens(2, 14) * spread
+    target = _local_target(content[0].numpy(), style[0].numpy())
+    assert float(_local(a, content, style)) == pytest.approx(((a[0].numpy() - target) ** 2).mean(), rel=1e-9)
+    assert float(_local(torch.from_numpy(target)[None], content, style)) < 1e-20
+    # Of a batch it is the mean.
+    both = _local(torch.cat([a, content]), torch.cat([content, a]), torch.cat([style, style]))
+    torch.testing.assert_close(both, (_local(a, content, style) + _local(content, a, style)) / 2)
+
+
+def test_local_style_does_not_depend_on_the_order_of_the_styles_tokens_nor_on_the_chunks(monkeypatch):
+    a, content, style = _tokens(0, 30), _tokens(1, 30), _tokens(2, 40)
+    whole = _local(a, content, style)
+    torch.testing.assert_close(_local(a, content, style.flip(1)), whole)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                largest = max(largest, tensor.numel()) if isinstance(tensor, torch.Tensor) else largest
+            return out
+
+    monkeypatch.setattr("vitfeats.nets.adaattn.ATTENTION_BYTES", 4 * 40 * 8)  # four rows of attention
+    with Watch():
+        torch.testing.assert_close(_local(a, content, style), whole)
+    assert largest < 30 * 40
+    monkeypatch.undo()
+    with Watch():
+        _local(a, content, style)
+    assert largest == 30 * 40
+
+
+def test_the_draw_of_the_styles_tokens_is_its_seeds():
+    a, content, style = _tokens(0), _tokens(1), _tokens(2, 50)
+    state = torch.get_rng_state()
+    few = [float(_local(a, content, style, most=10, seed=seed)) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    every = float(_local(a, content, style, most=None))
+    assert every == float(_local(a, content, style, most=50)) == float(_local(a, content, style)) != few[0]
+    # A single token is the whole target: attention to it, without a deviation.
+    (chosen,) = (x for x in range(50) if float(_local(style[:, [x] * 12], content, style, most=1, seed=3)) < 1e-8)
+    assert float(_local(a, content, style, most=1, seed=3)) == pytest.approx(
+        float((a - style[:, [chosen]]).square().mean())
+    )
+
+
+def test_local_style_far_from_zero_is_as_exact_as_near_it():
+    a, content, style = (_tokens(seed, 12) for seed in range(3))
+    exact = float(_local(a, content, style))
+    assert float(_local((a + 3000).float(), content.float(), (style + 3000).float())) == pytest.approx(exact, rel=1e-3)
+
+
+def test_only_what_is_made_gets_a_gradient_from_style_transfer():
+    leaves = [_tokens(seed).requires_grad_() for seed in range(3)]
+    (gradient, *others) = torch.autograd.grad(_local(*leaves), leaves, allow_unused=True)
+    assert float(gradient.abs().max()) > 0
+    assert others == [None, None]
+
+
+def test_losses_of_style_transfer_have_a_gradient_also_for_one_colour_and_a_single_token():
+    constant, several = torch.ones(1, 12, 5), _tokens(0).float()
+    single = torch.ones(1, 1, 5)
+    for made, target in itertools.product((constant, several, several + 1), repeat=2):
+        for value_of in (
+            lambda x, y: _content(x, y),
+            lambda x, y: _global(x, y),
+            lambda x, y: _global(x, y[:, :1]),
+            lambda x, y: _global(x[:, :1], y),
+            lambda x, y: _local(x, y, y),
+            lambda x, y: _local(x, y, constant),
+            lambda x, y: _local(x, y, single),
+            lambda x, y: _local(x[:, :1], y[:, :1], y),
+        ):
+            leaf = made.clone().requires_grad_()
+            value = value_of(leaf, target)
+            value.backward()
+            assert bool(value.isfinite())
+            assert bool(leaf.grad.isfinite().all())
+
+
+def test_following_the_gradient_of_either_style_brings_it_about():
+    content, style = _tokens(0, 16).float(), _tokens(1, 20).float() + 2
+    for loss in (_global, lambda x, y: _local(x, content, y)):
+        leaf = content.clone().requires_grad_()
+        optimiser = torch.optim.Adam([leaf], lr=0.2)
+        values = []
+        for _ in range(100):
+            value = loss(leaf, style)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            values.append(float(value.detach()))
+        assert values[-1] < 0.1 * values[0]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_losses_of_style_transfer_refuse():
+    a, b = _descriptor(torch.randn(1, 6, 8)), _descriptor(torch.randn(1, 9, 8))
+    global_style_loss(a, b)  # grids may differ
+    local_style_loss(a, a, b)
+    calls = {
+        "content": content_loss,
+        "global": global_style_loss,
+        "content of local": lambda out, target: local_style_loss(out, target, b),
+        "style of local": lambda out, target: local_style_loss(out, a, target),
+    }
+    for name, loss in calls.items():
+        with pytest.raises(vf.ConfigError, match="one tap of one model in both, got key@11 of m and key@9 of m"):
+            loss(a, replace(a, tap=Tap("key", 9)))
+        with pytest.raises(vf.ConfigError, match="got key@11 of m and key@11 of other"):
+            loss(a, replace(a, model="other"))
+        places = name.startswith("content")
+        message = "descriptors of one shape .*" if places else "as many images and channels in both, .*"
+        with pytest.raises(vf.ShapeError, match=message + r"got \(1, 6, 8\) and \(2, 6, 8\)"):
+            loss(a, _descriptor(torch.randn(2, 6, 8)))
+        with pytest.raises(vf.ShapeError, match=message + r"got \(1, 6, 8\) and \(1, 6, 7\)"):
+            loss(a, _descriptor(torch.randn(1, 6, 7)))
+        if places:
+            with pytest.raises(vf.ShapeError, match=r"got \(1, 6, 8\) and \(1, 9, 8\); resize one image"):
+                loss(a, b)
+    with pytest.raises(vf.ConfigError, match="at least 1 style position to be kept, got most=0; None keeps all"):
+        local_style_loss(a, a, b, most=0)

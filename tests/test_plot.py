@@ -146,6 +146,7 @@ plot.matches(image, image, match_nearest(d, d))
 plot.similarity(image, [(3.0, 4.0)], image, torch.rand(1, 2, 3))
 plot.saliency(image, make("attention@1"))
 plot.mixing(torch.rand(2, 3), ["a", "b", "c"], [1, 0])
+plot.side_by_side([image, image], ["a", "b"])
 print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -238,3 +239,70 @@ def test_a_mixing_whose_names_do_not_agree_is_refused(shape):
     layers, steps = (("a", "b", "c"), (9, 5, 0, 1)) if 0 not in shape else ((), ())
     with pytest.raises(ShapeError, match=r"expected weights of at least one step and layer, .* got shape"):
         plot.mixing(torch.zeros(shape), layers, steps)
+
+
+def _panels_of(picture) -> list[tuple[int, int, int, int]]:
+    """Return (left, top, right, bottom) of what is not white, of one image a row, from left to right."""
+    inked = (np.asarray(picture) < 250).any(2)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], inked.any(0), [0]]).astype(int)))
+    found = []
+    for left, right in edges.reshape(-1, 2):
+        rows = np.flatnonzero(inked[:, left:right].any(1))
+        found.append((left, rows[0], right, rows[-1] + 1))
+    return found
+
+
+def test_images_side_by_side_have_one_height_and_keep_their_proportions_and_order():
+    colours = [(0.9, 0.1, 0.1), (0.1, 0.9, 0.1), (0.1, 0.1, 0.9)]
+    shapes = [(30, 60), (64, 24), (100, 100)]
+    images = [torch.tensor(c)[:, None, None].expand(3, *shape) for c, shape in zip(colours, shapes, strict=True)]
+    picture = plot.side_by_side(images)
+    pixels = check(picture)
+    panels = _panels_of(picture)
+    assert len(panels) == 3
+    for (left, top, right, bottom), colour, shape in zip(panels, colours, shapes, strict=True):
+        assert bottom - top == pytest.approx(panels[0][3] - panels[0][1], abs=1)
+        assert (right - left) / (bottom - top) == pytest.approx(shape[1] / shape[0], rel=0.03)
+        middle = pixels[(top + bottom) // 2, (left + right) // 2]
+        assert np.abs(middle / 255 - colour).max() < 0.02
+
+
+def test_titles_stand_above_their_images():
+    plain, titled = plot.side_by_side([WIDE, TALL]), plot.side_by_side([WIDE, TALL], ["content", "style"])
+    assert titled.width == plain.width
+    assert titled.height > plain.height
+    # What differs between two titles lies above the second image, within its place.
+    other = np.asarray(plot.side_by_side([WIDE, TALL], ["content", "made"]))
+    rows, cols = np.nonzero((np.asarray(titled) != other).any(2))
+    (_, _, right, _), (_, top, _, _) = _panels_of(plain)
+    assert cols.min() > right
+    assert rows.max() < top + titled.height - plain.height
+    assert len(rows) > 20
+
+
+def test_a_new_row_begins_after_so_many_columns():
+    images = [torch.rand(3, 40, 50) for _ in range(5)]
+    one, two, three = (plot.side_by_side(images, columns=columns) for columns in (None, 3, 2))
+    assert one.tobytes() == plot.side_by_side(images, columns=9).tobytes()
+    assert two.width / one.width == pytest.approx(3 / 5, rel=0.03)
+    assert (two.height / one.height, three.height / one.height) == pytest.approx((2, 3), rel=0.05)
+    for picture in (one, two, three):
+        check(picture)
+
+
+def test_a_very_long_row_is_drawn_smaller():
+    long = plot.side_by_side([WIDE] * 30, ["a title"] * 30)
+    assert long.width <= 4000
+    panels = _panels_of(plot.side_by_side([WIDE] * 30))
+    assert len(panels) == 30
+    assert (panels[0][2] - panels[0][0]) / (panels[0][3] - panels[0][1]) == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_cannot_stand_side_by_side_is_refused():
+    with pytest.raises(ShapeError, match="expected at least one image, got none"):
+        plot.side_by_side([])
+    with pytest.raises(ShapeError, match="expected one title an image, got 1 titles for 2 images"):
+        plot.side_by_side([WIDE, TALL], ["content"])
+    with pytest.raises(vf.ConfigError, match="expected columns of at least 1, or None for one row, got 0"):
+        plot.side_by_side([WIDE, TALL], columns=0)

@@ -1,9 +1,12 @@
-"""Losses made from descriptors: those of Tumanyan et al., Splicing ViT Features, CVPR 2022, and two of token sets.
+"""Losses made from descriptors: of structure and appearance, of token sets, and of style transfer.
 
-Each is a pure function of two descriptors, and means over elements, as the published code does (the paper writes
-un-squared norms: ``reduction="norm"``). Gradients flow into whatever required them; targets need none.
+The first three are those of Tumanyan et al., Splicing ViT Features, CVPR 2022. Each is a pure function of descriptors
+of one tap, and means over elements, as the published code does (the paper of the first three writes un-squared norms:
+``reduction="norm"``). Gradients flow into whatever required them; targets need none. Where several taps count, add up
+the losses of each.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.matching import transport_plan
+from vitfeats.nets.adaattn import attend_moments, key_of, moments, normalised, sampled
 from vitfeats.similarity import unit
 
 Reduction = Literal["mean", "norm"]
@@ -150,16 +154,104 @@ def transport_loss(
         ShapeError: If batches or channels differ.
     """
     _check_tap(out, target)
-    if (len(out), out.dim) != (len(target), target.dim):
-        raise ShapeError(
-            f"expected as many images and channels in both, got {tuple(out.features.shape)} and "
-            f"{tuple(target.features.shape)}"
-        )
+    _check_channels(out, target)
     if not place >= 0:
         raise ConfigError(f"expected place of at least 0, got {place}")
     apart = torch.cdist(_places(out), _places(target)).square() * place
     carried = [_carried(m, w, apart, epsilon) for m, w in zip(out.features, target.features, strict=True)]
     return torch.stack(carried).mean()
+
+
+def content_loss(out: Descriptor, target: Descriptor, *, normalise: bool = True) -> Float[Tensor, ""]:
+    """Return the mean squared difference of two images' tokens, place by place.
+
+    The content loss of style transfer, from Gatys et al., CVPR 2016. The images of a batch are compared one to one and
+    averaged. CLS does not count.
+
+    Args:
+        out: Any tap, usually of a middle layer, of the image being made.
+        target: The same tap of the image whose content is wanted, on the same grid.
+        normalise: Bring every channel of each image to mean 0 and standard deviation 1 over the tokens first, as in
+            Park and Lee, SANet, CVPR 2019: the style, which lies in these two, is then free. False compares the tokens
+            as they are, as Huang and Belongie, AdaIN, ICCV 2017, do.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models.
+        ShapeError: If batches, tokens or channels differ.
+    """
+    _check_pair(out, target)
+    made, wanted = (normalised(d.features.mT) if normalise else d.features.mT for d in (out, target))
+    return (made - wanted).square().mean()
+
+
+def global_style_loss(out: Descriptor, style: Descriptor) -> Float[Tensor, ""]:
+    """Return the mean squared difference of the channels' means, plus that of their standard deviations.
+
+    Both are taken over the tokens of an image, so where a token lies does not count. The style loss of Huang and
+    Belongie, AdaIN, ICCV 2017, and the global one of Liu et al., AdaAttN, ICCV 2021, for one layer; the deviations are
+    roots of the unbiased variance + 1e-5, so that a channel which is the same everywhere has a gradient. The images of
+    a batch are compared one to one and averaged.
+
+    Args:
+        out: Any tap, of the image being made.
+        style: The same tap of the image whose style is wanted; the grids may differ.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models.
+        ShapeError: If batches or channels differ.
+    """
+    _check_tap(out, style)
+    _check_channels(out, style)
+    pairs = zip(moments(out.features.mT), moments(style.features.mT), strict=True)
+    return torch.stack([(made - wanted).square().mean() for made, wanted in pairs]).sum()
+
+
+def local_style_loss(
+    out: Descriptor,
+    content: Descriptor,
+    style: Descriptor,
+    *,
+    shallower: Sequence[tuple[Descriptor, Descriptor]] = (),
+    most: int | None = 4096,
+    seed: int = 0,
+) -> Float[Tensor, ""]:
+    """Return how far tokens are from those of the content, recoloured by the tokens of the style most like them.
+
+    The local feature loss of Liu et al., AdaAttN, ICCV 2021, for one tap: each token of the content attends to those of
+    the style, softmax(normalised content · normalised style) without a scale, which gives a weighted mean and standard
+    deviation of the style's tokens for each channel; the target is deviation · normalised content + mean, and the loss
+    the mean squared difference to it. Normalised is to mean 0 and standard deviation 1 of each channel over the image's
+    tokens. The paper compares the features of all shallower layers, too: ``shallower``. The target has no gradient. The images of a batch are compared one to one and averaged.
+
+    Args:
+        out: Any tap, of the image being made.
+        content: The same tap of the content image, on the same grid.
+        style: The same tap of the style image; the grids may differ.
+        shallower: Content and style at taps before this one, the shallowest first, whose normalised features stand
+            beside those of this tap where attention compares them; each token has the nearest of theirs.
+        most: At most this many tokens of the style take part, drawn at random; None takes all. Time grows with it, and
+            memory does not grow with the product of both numbers of tokens.
+        seed: Of that draw.
+
+    Raises:
+        ConfigError: If the descriptors are of different taps or models, or ``most`` is below 1.
+        ShapeError: If batches or channels differ, or the tokens of ``out`` and ``content``.
+    """
+    _check_pair(out, content)
+    _check_tap(out, style)
+    _check_channels(out, style)
+    with torch.no_grad():
+        values = style.features.mT
+        query, key = (
+            key_of([pair[side].map for pair in (*shallower, (content, style))], len(shallower)).flatten(2)
+            for side in (0, 1)
+        )
+        kept = sampled(values.shape[2], most, torch.Generator().manual_seed(seed))
+        if kept is not None:
+            key, values = (tokens[..., kept.to(tokens.device)] for tokens in (key, values))
+        mean, deviation = attend_moments(query, key, values)
+        target = (deviation * normalised(content.features.mT) + mean).mT
+    return (out.features - target).square().mean()
 
 
 def _carried(
@@ -191,6 +283,14 @@ def _check_tap(out: Descriptor, target: Descriptor) -> None:
     if (out.tap, out.model) != (target.tap, target.model):
         raise ConfigError(
             f"expected one tap of one model in both, got {out.tap} of {out.model} and {target.tap} of {target.model}"
+        )
+
+
+def _check_channels(out: Descriptor, target: Descriptor) -> None:
+    if (len(out), out.dim) != (len(target), target.dim):
+        raise ShapeError(
+            f"expected as many images and channels in both, got {tuple(out.features.shape)} and "
+            f"{tuple(target.features.shape)}"
         )
 
 

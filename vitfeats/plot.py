@@ -155,6 +155,49 @@ def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequ
     return _rendered(figure)
 
 
+def side_by_side(
+    images: Sequence[ImageLike], titles: Sequence[str] | None = None, *, columns: int | None = None
+) -> Image.Image:
+    """Draw images beside each other, in one height, each under its title.
+
+    Args:
+        images: Of any sizes; their proportions are kept.
+        titles: One for each image, or None.
+        columns: Begin a new row after so many; None puts all in one.
+
+    Raises:
+        ShapeError: If there is no image, or there are not as many titles as images.
+        ConfigError: If ``columns`` is below 1.
+    """
+    pictures = [_picture(image) for image in images]
+    if not pictures:
+        raise ShapeError("expected at least one image, got none")
+    if titles is not None and len(titles) != len(pictures):
+        raise ShapeError(f"expected one title an image, got {len(titles)} titles for {len(pictures)} images")
+    if columns is not None and columns < 1:
+        raise ConfigError(f"expected columns of at least 1, or None for one row, got {columns}")
+    in_row = len(pictures) if columns is None else columns
+    rows = [range(start, min(start + in_row, len(pictures))) for start in range(0, len(pictures), in_row)]
+    widths = [picture.width / picture.height for picture in pictures]  # in heights of a row
+    margin, above = 0.03, 0.1 if titles is not None else 0.0
+    across = max(sum(widths[i] for i in row) + margin * (len(row) + 1) for row in rows)
+    down = len(rows) * (1 + above + margin) + margin
+    # As high as a panel, unless the picture would be longer than 30 inches.
+    scale = min(_INCHES, 30 / max(across, down))
+    figure = Figure(figsize=(scale * across, scale * down), dpi=_DPI)
+    for number, row in enumerate(rows):
+        left, top = margin, down - margin - number * (1 + above + margin)
+        for i in row:
+            where = (left / across, (top - above - 1) / down, widths[i] / across, 1 / down)
+            axis = figure.add_axes(where)
+            axis.imshow(pictures[i], aspect="auto")
+            axis.set_axis_off()
+            if titles is not None:
+                axis.set_title(titles[i], fontsize=12 * scale / _INCHES, pad=4 * scale / _INCHES)
+            left += widths[i] + margin
+    return _rendered(figure)
+
+
 def losses(history: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Draw the losses of a run over its steps, on a logarithmic scale.
 

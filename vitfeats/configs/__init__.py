@@ -7,6 +7,7 @@ from vitfeats.configs.inversion import INVERT_PRESETS, InvertConfig
 from vitfeats.configs.presets import Preset
 from vitfeats.configs.pretraining import PretrainConfig
 from vitfeats.configs.splice import SPLICE_PRESETS, SpliceConfig
+from vitfeats.configs.styling import STYLE_METHODS, STYLIZER_PRESETS, StyleMethod, TrainStylizerConfig
 from vitfeats.configs.training import TrainDiffusionConfig, TrainHyperfeaturesConfig
 
 __all__ = [
@@ -19,9 +20,13 @@ __all__ = [
     "Preset",
     "PretrainConfig",
     "SPLICE_PRESETS",
+    "STYLE_METHODS",
+    "STYLIZER_PRESETS",
     "SpliceConfig",
+    "StyleMethod",
     "TrainDiffusionConfig",
     "TrainHyperfeaturesConfig",
+    "TrainStylizerConfig",
     "plain_config",
     "read_config",
     "write_config",

@@ -118,6 +118,29 @@ class Extractor(ABC):
         asked = self._resolve_all(taps)
         return self._extract(images, asked, single=not _is_several(taps))
 
+    def describe(
+        self, pixels: Float[Tensor, "batch 3 height width"], taps: Sequence[str | Tap]
+    ) -> Descriptors:
+        """Extract from pixels as they are: nothing is resized, and values outside 0..1 are taken too.
+
+        For what a network makes on its way to an image; gradients reach it if it requires them.
+
+        Args:
+            pixels: Before normalisation, each side a whole number of patches.
+            taps: As for a call; at least one.
+
+        Raises:
+            ShapeError: If the sides do not fit the patches.
+            TapError, UnknownFacetError: If a tap does not exist or does not fire.
+        """
+        size = (int(pixels.shape[2]), int(pixels.shape[3]))
+        grid = PatchGrid.covering(size, self.preprocess.patch, self.preprocess.stride)
+        here = self.preprocess.normalise(pixels.to(self.device))
+        batch = Prepared(here, grid, (Frame(size, size),) * len(pixels))
+        found = self._extract(batch, self._resolve_all(taps), single=False)
+        assert isinstance(found, Descriptors)
+        return found
+
     @overload
     def each(
         self, images: Iterable[ImageLike], taps: str | Tap | None = None, *, batch_size: int = 8
@@ -199,13 +222,15 @@ class Extractor(ABC):
                     done[index] = items[0][1] if single else Descriptors(items)
             yield from (done[index] for index in range(len(window)))
 
-    def _extract(self, images: Images, asked: list[tuple[str, Tap]], single: bool) -> Descriptor | Descriptors:
+    def _extract(self, images: Images | Prepared, asked: list[tuple[str, Tap]], single: bool) -> Descriptor | Descriptors:
         readings, batch = self.run(images, lambda batch: self.read(batch, list(dict.fromkeys(t for _, t in asked))))
         items = [(text, self._descriptor(tap, readings[tap], batch)) for text, tap in asked]
         return items[0][1] if single else Descriptors(items)
 
-    def run(self, images: Images, work: Callable[[Prepared], T]) -> tuple[T, Prepared]:
+    def run(self, images: Images | Prepared, work: Callable[[Prepared], T]) -> tuple[T, Prepared]:
         """Prepare images and call ``work(batch)`` with grad mode and autocast as this extractor wants them.
+
+        What is prepared already is taken as it is.
 
         The grad mode is on only where an image requires gradients. ``no_grad`` and not ``inference_mode``: what is
         extracted may enter a graph later, as the target of a loss.
@@ -215,7 +240,7 @@ class Extractor(ABC):
         """
         batch = None
         try:
-            batch = self.preprocess(images, self.device)
+            batch = images if isinstance(images, Prepared) else self.preprocess(images, self.device)
             wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
             with torch.set_grad_enabled(wanted), self._precision():
                 if self.autocast is None:
