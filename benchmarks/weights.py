@@ -28,8 +28,8 @@ from torch import Tensor
 import vitfeats as vf
 from vitfeats.api import load_extractor
 from vitfeats.apps.evaluation import WarpedImages, raw_patches, stereo_table, warp_table
+from vitfeats.apps.evaluation.describing import Describe, describe_with
 from vitfeats.apps.evaluation.neighbours import neighbours_accuracy
-from vitfeats.apps.evaluation.tables import Describe, describe_with
 from vitfeats.apps.pretrain import Collection
 from vitfeats.models.trainable import new_network
 from vitfeats.pictures import read_names, read_pictures

@@ -34,6 +34,7 @@ __all__ = [
     "appearance_loss",
     "correspond",
     "cosine_similarity",
+    "evaluate_pck",
     "extract",
     "identity_loss",
     "invert",
@@ -60,6 +61,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vitfeats import plot, samples
     from vitfeats.api import extract, list_models, load_extractor, register_model, set_default_model
+    from vitfeats.apps.evaluation import evaluate_pck
     from vitfeats.apps.inversion import invert
     from vitfeats.apps.splice import splice
     from vitfeats.attention_maps import saliency
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
 
 # Read on first use (PEP 562), so that `import vitfeats` loads neither torch nor any model library.
 _HOME = {
+    "vitfeats.apps.evaluation": ("evaluate_pck",),
     "vitfeats.apps.inversion": ("invert",),
     "vitfeats.apps.splice": ("splice",),
     "vitfeats.api": ("extract", "list_models", "load_extractor", "register_model", "set_default_model"),

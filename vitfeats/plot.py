@@ -135,6 +135,81 @@ def matches(image_a: ImageLike, image_b: ImageLike, m: Matches, *, most: int = 4
     return _rendered(figure)
 
 
+def points(
+    image_a: ImageLike,
+    points_a: Points,
+    image_b: ImageLike,
+    carried: Points,
+    *,
+    targets: Points | None = None,
+    right: Sequence[bool] | None = None,
+) -> Image.Image:
+    """Draw points on image a, and beside it where they were carried to on image b, each in its own colour.
+
+    Args:
+        image_a: The first image.
+        points_a: (n, 2), (x, y) in its pixels.
+        image_b: The second.
+        carried: (n, 2), (x, y) in its pixels.
+        targets: (n, 2), where they should be: a ring, tied to the point.
+        right: For each whether it is right: dots for those that are, crosses for the others; None is dots.
+
+    Raises:
+        ShapeError: If there are not as many of each.
+    """
+    asked, found = (as_points(given, torch.zeros(1)) for given in (points_a, carried))
+    wanted = found if targets is None else as_points(targets, torch.zeros(1))
+    marks = [True] * len(asked) if right is None else list(right)
+    if not len(asked) == len(found) == len(wanted) == len(marks):
+        raise ShapeError(
+            f"expected as many points of each, got {len(asked)} on image a, {len(found)} carried, {len(wanted)} "
+            f"targets and {len(marks)} marks"
+        )
+    a, b = _picture(image_a), _picture(image_b)
+    figure, axes = _panels(1, 2, [a.size, b.size], scale=2.0)
+    for axis, picture in zip(axes[0], (a, b), strict=True):
+        axis.imshow(picture)
+        axis.set_xlim(-0.5, picture.width - 0.5)  # a point beyond the edge must not shrink the picture
+        axis.set_ylim(picture.height - 0.5, -0.5)
+    lines = zip(asked.tolist(), found.tolist(), wanted.tolist(), marks, strict=True)
+    for number, (start, end, target, good) in enumerate(lines):
+        colour = _colour(number / max(1, len(asked) - 1))
+        axes[0][0].plot(*_pixel(start), "o", ms=6, color=colour, mec="white", mew=1)
+        if targets is not None:
+            (x0, y0), (x1, y1) = _pixel(end), _pixel(target)
+            axes[0][1].plot([x0, x1], [y0, y1], "-", color=colour, lw=1)
+            axes[0][1].plot(x1, y1, "o", ms=9, mfc="none", mec="white", mew=2.4)
+            axes[0][1].plot(x1, y1, "o", ms=9, mfc="none", mec=colour, mew=1.4)
+        axes[0][1].plot(*_pixel(end), "o" if good else "X", ms=6 if good else 7, color=colour, mec="white", mew=1)
+    return _rendered(figure)
+
+
+def accuracy(shares: Mapping[str, Mapping[float, float]]) -> Image.Image:
+    """Draw the share of points that are right over the threshold, one line a method.
+
+    Args:
+        shares: For each method, PCK in 0..1 by its threshold.
+
+    Raises:
+        ShapeError: If there is no method.
+    """
+    if not shares:
+        raise ShapeError("expected at least one method, got none")
+    figure = Figure(figsize=(7, 4.5), dpi=_DPI)
+    axis = figure.subplots()
+    for number, (name, values) in enumerate(shares.items()):
+        drawn = sorted(values.items())
+        axis.plot(*zip(*drawn, strict=True), "-", lw=1.6, color=_colour(number / max(1, len(shares) - 1)), label=name)
+    axis.set_xlabel("threshold, in shares of the reference side")
+    axis.set_ylabel("PCK")
+    axis.set_ylim(0, 1)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return _rendered(figure)
+
+
 def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequence[int] | None = None) -> Image.Image:
     """Draw images above where CLS looks.
 

@@ -22,7 +22,7 @@ from vitfeats.apps.evaluation import (
     warp_table,
 )
 from vitfeats.apps.evaluation.datasets import apply_homography, random_homography, warp
-from vitfeats.apps.evaluation.tables import describe_with
+from vitfeats.apps.evaluation.describing import describe_with
 from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
 from vitfeats.preprocess import Preprocess
 

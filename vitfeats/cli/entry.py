@@ -11,10 +11,12 @@ from typing import Any
 import tyro
 
 from vitfeats.cli.making import run_invert, run_splice
+from vitfeats.cli.measuring import evaluate
 from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
 from vitfeats.cli.training import aggregation, diffusion, pretrained
 from vitfeats.commands import (
     Command,
+    Eval,
     Extract,
     Hyperfeatures,
     Invert,
@@ -40,6 +42,7 @@ RUN: dict[type, Any] = {
     TrainDiffusion: diffusion,
     TrainHyperfeatures: aggregation,
     Pretrain: pretrained,
+    Eval: evaluate,
     Models: models,
 }
 """What runs each command."""

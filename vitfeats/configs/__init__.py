@@ -1,6 +1,7 @@
 """Run settings, as frozen dataclasses of the standard library: the command line reads them without torch."""
 
 from vitfeats.configs.diffusion import DIFFUSION_PRESETS, DiffusionConfig, DiffusionPreset
+from vitfeats.configs.evaluation import MEANS, PCK_PROTOCOLS, PckProtocol, ProtocolName
 from vitfeats.configs.extraction import ExtractorConfig
 from vitfeats.configs.files import plain_config, read_config, write_config
 from vitfeats.configs.inversion import INVERT_PRESETS, InvertConfig
@@ -17,8 +18,12 @@ __all__ = [
     "ExtractorConfig",
     "INVERT_PRESETS",
     "InvertConfig",
+    "MEANS",
+    "PCK_PROTOCOLS",
+    "PckProtocol",
     "Preset",
     "PretrainConfig",
+    "ProtocolName",
     "SPLICE_PRESETS",
     "STYLE_METHODS",
     "STYLIZER_PRESETS",

@@ -1,12 +1,10 @@
-"""Pairs of images with known correspondences: a stereo pair, warped photographs, and lists of annotated pairs."""
+"""Pairs of images with known correspondences: the record of a pair, a stereo pair and warped photographs."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +13,16 @@ from torch import Tensor
 
 from vitfeats import samples
 from vitfeats.descriptor import Points, as_points
-from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
+from vitfeats.errors import ConfigError, ImageError, ShapeError
 from vitfeats.grid import Size
 from vitfeats.pictures import SUFFIXES
 from vitfeats.preprocess import ImageLike, load_image
 
 IN_PLACE = 0.1  # PCK@0.1 of the answer "the same place" that a warp may reach at most
+
+
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels of an image: left, top, right, bottom."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -33,6 +35,10 @@ class Pair:
         points_a: (n, 2), (x, y) in pixels of image a; n is at least 1.
         points_b: (n, 2), where the same is in image b, in its pixels.
         name: What to call it in messages.
+        category: What the images show, for means by category; "" where nobody said.
+        box_a: The object in image a; None where nobody said.
+        box_b: The object in image b.
+        visible: (n,), whether the point can be seen in both images; None where nobody said, which counts as all.
     """
 
     image_a: ImageLike
@@ -40,9 +46,23 @@ class Pair:
     points_a: Float[Tensor, "n 2"]
     points_b: Float[Tensor, "n 2"]
     name: str
+    category: str
+    box_a: Box | None
+    box_b: Box | None
+    visible: Bool[Tensor, " n"] | None
 
     def __init__(
-        self, image_a: ImageLike, image_b: ImageLike, points_a: Points, points_b: Points, name: str = ""
+        self,
+        image_a: ImageLike,
+        image_b: ImageLike,
+        points_a: Points,
+        points_b: Points,
+        name: str = "",
+        *,
+        category: str = "",
+        box_a: Box | None = None,
+        box_b: Box | None = None,
+        visible: Tensor | Sequence[bool] | None = None,
     ) -> None:
         """Keep the images as they are, and the points as float32 tensors on the CPU.
 
@@ -52,16 +72,34 @@ class Pair:
             points_a: Tensor, array or plain pairs.
             points_b: As many.
             name: What to call the pair in messages.
+            category: What the images show.
+            box_a: (x0, y0, x1, y1) of the object in image a.
+            box_b: The same for image b. A box without a side longer than 0 is kept: no point can be judged by it.
+            visible: A boolean for each point.
 
         Raises:
-            ShapeError: If the points are not (n, 2) finite numbers each, there is none, or their numbers differ.
+            ShapeError: If the points are not (n, 2) finite numbers each, there is none, their numbers differ, a box is
+                not four finite numbers from left to right and top to bottom, or ``visible`` is not one for each point.
         """
         a, b = (as_points(points, torch.zeros(1)) for points in (points_a, points_b))
         if len(a) != len(b):
             raise ShapeError(f"expected a point b for each a, got {len(a)} and {len(b)}")
         if not len(a):
             raise ShapeError("expected a pair with at least one point, got none; leave such pairs out")
-        given = {"image_a": image_a, "image_b": image_b, "points_a": a, "points_b": b, "name": name}
+        seen = None if visible is None else torch.as_tensor(visible, dtype=torch.bool).cpu()
+        if seen is not None and seen.shape != (len(a),):
+            raise ShapeError(f"expected visible of shape ({len(a)},), got {tuple(seen.shape)}")
+        given = {
+            "image_a": image_a,
+            "image_b": image_b,
+            "points_a": a,
+            "points_b": b,
+            "name": name,
+            "category": category,
+            "box_a": _as_box(box_a),
+            "box_b": _as_box(box_b),
+            "visible": seen,
+        }
         for field, value in given.items():
             object.__setattr__(self, field, value)  # it is frozen
 
@@ -96,6 +134,18 @@ class StereoPair:
         x = points[:, 0] - shift.where(known, 0.0)
         return torch.stack([x, points[:, 1]], 1), known
 
+    def as_pair(self, side: int = 20) -> Pair:
+        """Return it as a pair: the points of a lattice of ``side`` × ``side`` on the left whose right place is known.
+
+        Raises:
+            ConfigError: If the side is below 1.
+        """
+        if side < 1:
+            raise ConfigError(f"expected a side of at least 1, got {side}")
+        points = _lattice((int(self.left.shape[1]), int(self.left.shape[2])), side)
+        truth, known = self.truth(points)
+        return Pair(self.left, self.right, points[known], truth[known], "stereo pair")
+
 
 class WarpedImages(Sequence[Pair]):
     """Photographs and their random homographies, with colours changed.
@@ -108,7 +158,10 @@ class WarpedImages(Sequence[Pair]):
     Attributes:
         images: The photographs, or their files.
         seed: Seed of the warps.
+        name: What to call them in tables.
     """
+
+    name = "warped images"
 
     def __init__(
         self, images: str | os.PathLike[str] | Sequence[ImageLike], *, seed: int = 0, points: int = 10
@@ -183,31 +236,6 @@ class WarpedImages(Sequence[Pair]):
         return best[1:]
 
 
-def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
-    """Read a list of pairs in the format of Diffusion Hyperfeatures.
-
-    Args:
-        path: A JSON array of objects with ``source_path``, ``target_path``, ``source_points`` and ``target_points``
-            ((x, y) in pixels of the images); other keys, such as the boxes, are left alone.
-        images: Folder that the image paths begin at.
-
-    Returns:
-        Pairs with the images' paths, source as a.
-
-    Raises:
-        StoreError: If the file cannot be read or is not such a list, or an image is not there; the message says which.
-        ShapeError: If the points of a pair do not do.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
-        raise StoreError(f"expected a list of pairs in JSON at '{path}', but: {error}") from error
-    if not isinstance(found, list) or not found:
-        got = "an empty one" if found == [] else type(found).__name__
-        raise StoreError(f"expected a JSON array of pairs in '{path}', got {got}")
-    return [_read_pair(record, f"pair {number} of '{path}'", Path(images)) for number, record in enumerate(found)]
-
-
 def random_homography(size: Size, generator: torch.Generator) -> Float[Tensor, "3 3"]:
     """Draw a homography of an image of ``size`` = (height, width): source pixels to warped pixels, about the centre."""
     height, width = size
@@ -240,6 +268,19 @@ def warp(image: Float[Tensor, "3 height width"], matrix: Float[Tensor, "3 3"]) -
     )
 
 
+def _as_box(box: Sequence[float] | None) -> Box | None:
+    """Return a box as plain numbers, if it is one."""
+    if box is None:
+        return None
+    try:
+        left, top, right, bottom = (float(side) for side in box)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"expected a box (x0, y0, x1, y1) of numbers, got {box!r}") from error
+    if not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
+        raise ShapeError(f"expected a box (x0, y0, x1, y1) from left to right and top to bottom, got {box!r}")
+    return left, top, right, bottom
+
+
 def _pixel_centres(size: Size) -> Float[Tensor, "n 2"]:
     y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
@@ -249,21 +290,3 @@ def _lattice(size: Size, side: int) -> Float[Tensor, "n 2"]:
     steps = (torch.arange(side) + 0.5) / side
     y, x = torch.meshgrid(steps * size[0], steps * size[1], indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
-
-
-def _read_pair(record: Any, which: str, images: Path) -> Pair:
-    keys = ("source_path", "target_path", "source_points", "target_points")
-    if not isinstance(record, dict):
-        raise StoreError(f"expected an object with {', '.join(keys)} as {which}, got {type(record).__name__}")
-    missing = [key for key in keys if key not in record]
-    if missing:
-        raise StoreError(f"expected {', '.join(keys)} in {which}, but {', '.join(missing)} is missing")
-    paths = [images / str(record[key]) for key in keys[:2]]
-    for path in paths:
-        if not path.is_file():
-            raise StoreError(f"expected an image at '{path}', for {which}, but there is none; is images= its folder?")
-    try:
-        name = f"{paths[0].name}, {paths[1].name}"
-        return Pair(paths[0], paths[1], record["source_points"], record["target_points"], name)
-    except ShapeError as error:
-        raise ShapeError(f"{which}: {error}") from error

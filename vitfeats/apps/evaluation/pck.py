@@ -9,6 +9,8 @@ from torch import Tensor
 from vitfeats.descriptor import Points, as_points
 from vitfeats.errors import ConfigError, ShapeError
 
+_SLACK = 1e-6
+
 
 def pck(
     predicted: Points,
@@ -16,19 +18,21 @@ def pck(
     reference: tuple[float, float],
     *,
     alpha: float = 0.1,
+    strict: bool = False,
     visible: Tensor | np.ndarray | Sequence[bool] | None = None,
 ) -> float:
     """Return the share of predicted points within ``alpha · max(reference)`` of their target, 0..1.
 
-    A point at exactly that distance counts (``≤``). Yang & Ramanan, Articulated Human Detection with Flexible Mixtures
+    Yang & Ramanan, Articulated Human Detection with Flexible Mixtures
     of Parts, TPAMI 2013.
 
     Args:
         predicted: (n, 2), (x, y) in pixels of the target image.
         target: (n, 2), where they should be.
         reference: (height, width) in the same pixels: of the target image for PCK@img, of the object's box for
-            PCK@bbox.
+            PCK@bbox. Of a box without a side longer than 0, only points that are met exactly are correct.
         alpha: Fraction of the longer side, above 0.
+        strict: Whether a point at exactly that distance is wrong (``<``) or correct (``≤``).
         visible: (n,), which points to count; None is all.
 
     Returns:
@@ -36,19 +40,28 @@ def pck(
 
     Raises:
         ShapeError: If the points are not (n, 2) each, or their numbers differ.
-        ConfigError: If ``alpha`` or the reference is not positive.
+        ConfigError: If ``alpha`` is not positive, or the reference negative.
     """
-    # In float64 from the start, and with a slack far below any pixel: a point exactly at the threshold must not fall to
-    # either side by rounding (0.29 · 100 is 28.999999999999996).
     made, wanted = (as_points(points, torch.zeros(1), torch.float64) for points in (predicted, target))
     if made.shape != wanted.shape:
         raise ShapeError(f"expected as many predicted points as targets, got {len(made)} and {len(wanted)}")
-    if alpha <= 0 or max(reference) <= 0:
-        raise ConfigError(f"expected alpha and a reference (height, width) above 0, got {alpha} and {tuple(reference)}")
+    if not alpha > 0 or not min(reference) >= 0:  # a NaN, too
+        raise ConfigError(
+            f"expected alpha above 0 and a reference (height, width) of at least 0, got {alpha} and {tuple(reference)}"
+        )
     counted = (
         torch.ones(len(made), dtype=torch.bool) if visible is None else torch.as_tensor(visible, dtype=torch.bool).cpu()
     )
     if counted.shape != (len(made),):
         raise ShapeError(f"expected visible of shape ({len(made)},), got {tuple(counted.shape)}")
     distance = (made - wanted).norm(dim=1)[counted]
-    return float((distance <= alpha * max(reference) * (1 + 1e-9)).double().mean())
+    return float(within(distance, alpha * max(reference), strict=strict).double().mean())
+
+
+def within(distance: Tensor, reach: float, *, strict: bool = False) -> Tensor:
+    """Return which distances are at most ``reach``, or with ``strict`` less: booleans of the same shape.
+
+    With a slack far below any pixel, a millionth of the reach: a point exactly at the threshold must not fall to either
+    side by rounding (0.29 · 100 is 28.999999999999996, and 10.1 − 0.1 is more than 10 in float32).
+    """
+    return distance < reach * (1 - _SLACK) if strict else distance <= reach * (1 + _SLACK)

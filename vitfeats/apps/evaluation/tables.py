@@ -3,7 +3,7 @@
 Each carries the rows that a fool would get: the same place in the other image, raw colours, an untrained network.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfeats.apps.evaluation.datasets import Pair, StereoPair
+from vitfeats.apps.evaluation.describing import Describe
 from vitfeats.apps.evaluation.pck import pck
 from vitfeats.descriptor import Descriptor
-from vitfeats.extractors.base import Extractor
 from vitfeats.matching import Matches, match_mutual, transfer_points
 from vitfeats.preprocess import ImageLike, Preprocess, load_image
 from vitfeats.taps import Tap
-
-Describe = Callable[[ImageLike], Descriptor]
-"""From one image to its descriptor: ``lambda image: extractor(image, "key@11")``."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +88,6 @@ def raw_patches(image: ImageLike, preprocess: Preprocess) -> Descriptor:
     batch = preprocess(image)
     patches = F.unfold(batch.pixels, preprocess.patch, stride=preprocess.stride).transpose(1, 2).contiguous()
     return Descriptor(patches, batch.grid, batch.frames, Tap("token", 0), "raw RGB patches")
-
-
-def describe_with(extractor: Extractor, tap: str) -> Describe:
-    """Return the function from an image to one tap of an extractor."""
-
-    def describe(image: ImageLike) -> Descriptor:
-        return extractor(image, tap)
-
-    return describe
 
 
 def _stereo_row(name: str, matches: Matches, pair: StereoPair, within: Sequence[float]) -> Row:

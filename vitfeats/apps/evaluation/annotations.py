@@ -1,0 +1,431 @@
+"""What readers of annotated pairs share: files with clear errors, the sizes of images, and the checks of a record."""
+
+import csv
+import io
+import json
+import math
+import os
+import struct
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from vitfeats.apps.evaluation.datasets import Box, Pair
+from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
+from vitfeats.grid import Size
+
+XY = tuple[float, float]
+"""(x, y) in pixels of an image."""
+
+_LYING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+_MOST_BYTES = 1_000_000  # of a file of matrices: points of an image have less than a thousandth
+_BYTE_ORDERS = {b"IM": "<", b"MI": ">"}
+_MATRIX, _COMPRESSED = 14, 15  # types of elements
+_COMPLEX = 0x0800
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+
+
+class PairReader(Sequence[Pair]):
+    """A sequence of annotated pairs, each read when it is asked for. Of the images, only sizes are read.
+
+    Attributes:
+        name: What it is, for tables: the dataset and its split.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+
+    @abstractmethod
+    def _read(self, index: int) -> Pair:
+        """Return pair ``index``, counted from 0, which is below the number of pairs."""
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override] - no slices: they would read every pair
+        """Return pair ``index``; negative ones count from the end.
+
+        Raises:
+            StoreError: If a file of the pair cannot be read, is not what it should be, or an image is not there.
+            ShapeError: If the points or boxes of the pair do not do.
+            ImageError: If the size of an image cannot be read.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        return self._read(index % len(self))
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Iterate over the pairs."""
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {len(self)} pairs)"
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return a text file in UTF-8, with or without a mark at its start.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+
+    Raises:
+        StoreError: If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: no text, or a zero byte in the name
+        raise StoreError(f"expected {what} at '{path}', but: {error}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: The file.
+        what: What it should be, for the message.
+
+    Raises:
+        StoreError: If it cannot be read.
+    """
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested a thousand deep
+        raise StoreError(f"expected {what} at '{path}', but: {error}") from error
+
+
+def read_lines(path: Path, what: str, columns: int) -> list[tuple[str, list[str]]]:
+    """Return the lines of a text file, each with what to call it in messages and its columns.
+
+    Args:
+        path: The file; blank lines are left out.
+        what: What it should be, for the message.
+        columns: Columns of each line, with blanks between; the last one may have blanks in it.
+
+    Raises:
+        StoreError: If it cannot be read, is empty, or a line has too few columns.
+    """
+    lines = []
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        found = line.strip().split(maxsplit=columns - 1)
+        if not found:
+            continue
+        which = f"line {number} of '{path}'"
+        if len(found) != columns:
+            raise StoreError(f"expected {what} of {columns} columns in {which}, got {shortened(line)}")
+        lines.append((which, found))
+    if not lines:
+        raise StoreError(f"expected {what} in '{path}', got an empty file")
+    return lines
+
+
+def read_table(path: Path, what: str, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Return the rows of a CSV file, each with what to call it in messages and its fields by the names in the header.
+
+    Args:
+        path: The file; blank rows are left out.
+        what: What it should be, for the message.
+        columns: Names that the header must have, in any order, among others.
+
+    Raises:
+        StoreError: If it cannot be read, has no rows, lacks a column, or a row is longer or shorter than the header.
+    """
+    lines = csv.reader(io.StringIO(read_text(path, what), newline=""))
+    rows: list[tuple[str, dict[str, str]]] = []
+    header: list[str] = []
+    try:
+        for line in lines:
+            fields = [field.strip() for field in line]
+            if not any(fields):
+                continue
+            if not header:
+                header = fields
+                continue
+            which = f"line {lines.line_num} of '{path}'"
+            if len(fields) != len(header):
+                raise StoreError(f"expected {len(header)} fields, as in the header, in {which}, got {len(fields)}")
+            rows.append((which, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise StoreError(f"expected {what} in CSV at '{path}', but line {lines.line_num}: {error}") from error
+    missing = [column for column in columns if column not in header]
+    twice = [column for column in header if header.count(column) > 1]
+    if missing or twice:
+        got = f"{shortened(missing[0])} is missing" if missing else f"{shortened(twice[0])} is there twice"
+        raise StoreError(f"expected a header with {', '.join(columns)} in '{path}', but {got}")
+    if not rows:
+        raise StoreError(f"expected {what} in '{path}', got none below the header")
+    return rows
+
+
+def read_matrices(path: Path, names: Sequence[str], which: str) -> dict[str, Float[np.ndarray, "..."]]:
+    """Return the matrices of real numbers of these names that a file of MATLAB 5 to 7.2 holds.
+
+    The format is simple, and SciPy's reader, which is compiled, ends the process at some damaged files.
+
+    Args:
+        path: The file, of a megabyte at most.
+        names: Variables that are wanted; those that are absent, or no such matrices, are left out.
+        which: What the file is and what it is for, for the message.
+
+    Raises:
+        StoreError: If it cannot be read, is of another kind, too large or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"expected matrices in {which}, but: {error}") from error
+    if len(data) > _MOST_BYTES:
+        raise StoreError(f"expected matrices in {which}, got more than {_MOST_BYTES} bytes, too many for points")
+    order = _BYTE_ORDERS.get(data[126:128])
+    if order is None or not data.startswith(b"MATLAB 5.0 MAT-file"):
+        raise StoreError(f"expected matrices in {which}, got a file that is not of MATLAB 5 to 7.2")
+    try:
+        return dict(_matrices(data[128:], order, names))
+    except (ValueError, struct.error, zlib.error) as error:
+        raise StoreError(f"expected matrices in {which}, but the file is damaged: {error}") from error
+
+
+def _matrices(data: bytes, order: str, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the matrices of these names, as float64, from the elements of a file."""
+    for kind, element in _elements(data, order):
+        if kind == _COMPRESSED:
+            kind, element = next(_elements(zlib.decompressobj().decompress(element, _MOST_BYTES), order), (0, b""))
+        if kind != _MATRIX:
+            continue
+        (_, flags), (_, sides), (_, name), *others = _elements(element, order)
+        (flag,) = struct.unpack_from(f"{order}I", flags)
+        # The lowest byte is the class, of which these are numbers; the others hold flags.
+        if name.decode("latin-1") not in names or not 6 <= flag & 0xFF <= 15 or flag & _COMPLEX:
+            continue
+        shape = np.frombuffer(sides, f"{order}i4").tolist()
+        stored, values = others[0] if others else (0, b"")
+        if stored not in _NUMBERS or min(shape, default=-1) < 0:
+            raise ValueError(f"a matrix of shape {shape} and type {stored}")
+        yield (
+            name.decode("latin-1"),
+            np.frombuffer(values, order + _NUMBERS[stored]).reshape(shape, order="F").astype(np.float64),
+        )
+
+
+def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the elements that follow each other: type and bytes."""
+    place = 0
+    while place < len(data):
+        kind, length = struct.unpack_from(f"{order}II", data, place)
+        start, place = place + 8, place + 8
+        if kind >> 16:  # up to four bytes stand in the second half of the tag itself, the length above the type
+            kind, length, start = kind & 0xFFFF, kind >> 16, start - 4
+        else:
+            place += length + (0 if kind == _COMPRESSED else -length % 8)
+        if start + length > min(place, len(data)):
+            raise ValueError("it breaks off")
+        yield kind, data[start : start + length]
+
+
+def existing(what: str, paths: Sequence[Path], which: str, hint: str) -> Path:
+    """Return the first of some paths at which there is a file.
+
+    Args:
+        what: What it should be: "an image".
+        paths: Where it may be.
+        which: The record that names it, for the message.
+        hint: What to try where there is none.
+
+    Raises:
+        StoreError: If there is no file at any of them.
+    """
+    for path in paths:
+        if os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have
+            return path
+    places = " or ".join(repr(str(path)) for path in paths)  # repr: a name may be no printable text
+    raise StoreError(f"expected {what} at {places}, for {which}, but there is none; {hint}")
+
+
+def size_of(path: Path | str) -> Size:
+    """Return the (height, width) of an image file as it is loaded, that is after its EXIF rotation.
+
+    Only the header is read: a rotation that a PNG notes behind its pixels is not seen. Sizes are remembered as long as
+    the file does not change.
+
+    Raises:
+        ImageError: If it cannot be read; the message names it.
+    """
+    try:
+        found = os.stat(path)
+        return _size_of(os.fspath(path), found.st_mtime_ns, found.st_size)
+    except Exception as error:  # each of Pillow's readers has its own way to fail
+        raise ImageError(f"expected an image at {str(path)!r}, but its size cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=4096)
+def _size_of(path: str, changed: int, length: int) -> Size:
+    with Image.open(path) as picture:
+        width, height = picture.size
+        # The base class's, since that of a PNG decodes the pixels first. Of a TIFF, Pillow gives the turned size.
+        orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+        return (width, height) if orientation in _LYING and picture.format != "TIFF" else (height, width)
+
+
+def split_of(split: str, known: Mapping[str, str]) -> str:
+    """Return the dataset's own name of a split.
+
+    Args:
+        split: As the user says it.
+        known: The dataset's names, by those that a user may say.
+
+    Raises:
+        ConfigError: If there is no such split; the message lists them.
+    """
+    if split not in known:
+        raise ConfigError(f"expected split to be {' or '.join(map(repr, known))}, got {split!r}")
+    return known[split]
+
+
+def require(record: Any, keys: Sequence[str], which: str) -> dict[str, Any]:
+    """Return a record of JSON if it is an object that has these keys.
+
+    Raises:
+        StoreError: If not.
+    """
+    if not isinstance(record, dict):
+        raise StoreError(f"expected an object with {', '.join(keys)} as {which}, got {type(record).__name__}")
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise StoreError(f"expected {', '.join(keys)} in {which}, but {', '.join(missing)} is missing")
+    return record
+
+
+def as_text(value: Any, what: str, which: str) -> str:
+    """Return a value of JSON that should be text.
+
+    Raises:
+        StoreError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise StoreError(f"expected {what} to be text in {which}, got {shortened(value)}")
+    return value
+
+
+def as_numbers(values: Any, count: int, what: str, which: str) -> tuple[float, ...]:
+    """Return finite numbers, from a list of JSON or from texts.
+
+    Args:
+        values: A list of numbers or of numbers in text.
+        count: How many there should be.
+        what: What they are, for the message.
+        which: The record, for the message.
+
+    Raises:
+        ShapeError: If they are not ``count`` finite numbers.
+    """
+    found: tuple[float, ...] = ()
+    if isinstance(values, list | tuple) and not any(isinstance(value, bool) for value in values):
+        try:
+            found = tuple(float(value) for value in values)
+        except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of hundreds of digits
+            found = ()
+    if len(found) != count or not all(map(math.isfinite, found)):
+        raise ShapeError(f"{which}: expected {what} as {count} finite numbers, got {shortened(values)}")
+    return found
+
+
+def as_box(values: Any, what: str, which: str) -> Box:
+    """Return four numbers as a box (x0, y0, x1, y1); whether they are in order is asked by :func:`make_pair`.
+
+    Raises:
+        ShapeError: If they are not four finite numbers.
+    """
+    left, top, right, bottom = as_numbers(values, 4, what, which)
+    return left, top, right, bottom
+
+
+def as_sized_box(values: Any, what: str, which: str) -> Box:
+    """Return (x, y, width, height) as a box (x0, y0, x1, y1).
+
+    Raises:
+        ShapeError: If they are not four finite numbers.
+    """
+    left, top, width, height = as_numbers(values, 4, what, which)
+    return left, top, left + width, top + height
+
+
+def as_point_list(values: Any, what: str, which: str) -> list[XY]:
+    """Return a list of [x, y] as points.
+
+    Raises:
+        ShapeError: If it is not a list of two finite numbers each.
+    """
+    if not isinstance(values, list):
+        raise ShapeError(f"{which}: expected {what} as a list of points [x, y], got {shortened(values)}")
+    points = [as_numbers(value, 2, f"point {number} of {what}", which) for number, value in enumerate(values)]
+    return [(x, y) for x, y in points]
+
+
+def box_around(points: Sequence[XY]) -> Box:
+    """Return the smallest box around points, of which there is at least one."""
+    left, top = (min(values) for values in zip(*points, strict=True))
+    right, bottom = (max(values) for values in zip(*points, strict=True))
+    return left, top, right, bottom
+
+
+def make_pair(
+    which: str,
+    images: tuple[Path, Path],
+    points: tuple[Sequence[XY], Sequence[XY]],
+    *,
+    name: str | None = None,
+    category: str = "",
+    boxes: tuple[Box | None, Box | None] = (None, None),
+    visible: Sequence[bool] | None = None,
+) -> Pair:
+    """Return a pair whose points lie inside its images.
+
+    Several datasets count pixels from 1, so that a point may be one pixel beyond the right or the bottom edge: it is
+    moved onto the edge. Boxes are kept as annotated, even where they leave the image.
+
+    Args:
+        which: The file and the record, for messages.
+        images: Files that exist.
+        points: Points of image a, and as many of image b.
+        name: What to call the pair; None takes the names of its images.
+        category: What the images show.
+        boxes: The object in image a, and in image b.
+        visible: A boolean for each point.
+
+    Raises:
+        ShapeError: If the numbers of points differ, there is none, one lies outside its image, or a box is not from
+            left to right and top to bottom.
+        ImageError: If the size of an image cannot be read.
+    """
+    try:
+        inside_a, inside_b = (_inside(own, image) for own, image in zip(points, images, strict=True))
+        named = f"{images[0].name}, {images[1].name}" if name is None else name
+        box_a, box_b = boxes
+        return Pair(*(*images, inside_a, inside_b, named), category=category, box_a=box_a, box_b=box_b, visible=visible)
+    except (ShapeError, ImageError) as error:
+        raise type(error)(f"{which}: {error}") from error
+
+
+def _inside(points: Sequence[XY], image: Path) -> Float[Tensor, "n 2"]:
+    """Return points, those up to a pixel beyond the right or the bottom edge moved onto it."""
+    height, width = size_of(image)
+    for x, y in points:
+        if not (0 <= x <= width + 1 and 0 <= y <= height + 1):
+            raise ShapeError(
+                f"expected points (x, y) inside {image.name!r} of {width}×{height} pixels, got ({x:g}, {y:g}); "
+                "are x and y the wrong way round?"
+            )
+    return torch.tensor([(min(x, width), min(y, height)) for x, y in points]).reshape(-1, 2)
