@@ -85,9 +85,7 @@ class RunFolder:
 
     def write_image(self, name: str, image: Image.Image) -> bool:
         """Write a picture; return whether that worked."""
-        buffer = io.BytesIO()
-        image.save(buffer, Path(name).suffix[1:] or "png")
-        return self._written(name, buffer.getvalue())
+        return self._written(name, encoded(image, name))
 
     def write_config(self, config: Any) -> bool:
         """Write the settings as YAML; return whether that worked."""
@@ -128,6 +126,33 @@ class RunFolder:
             _warn_unwritten(name, error)
             return False
         return True
+
+
+def save_image(image: Image.Image, path: Path | str) -> Path:
+    """Write a picture in the format of its suffix, whole or not at all; return the path.
+
+    Raises:
+        ConfigError: If the suffix is not that of a picture.
+        StoreError: If it cannot be written.
+    """
+    target = Path(path)
+    write_whole(target, encoded(image, target.name))
+    return target
+
+
+def encoded(image: Image.Image, name: str) -> bytes:
+    """Return a picture as a file of that name holds it: PNG without a suffix; JPEG at a quality of 92.
+
+    Raises:
+        ConfigError: If the suffix is not that of a picture.
+    """
+    suffix = Path(name).suffix.lower() or ".png"
+    kind = Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
+        raise ConfigError(f"expected a picture file that can be written, such as out.png, got '{name}'")
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 92} if kind == "JPEG" else {}))
+    return buffer.getvalue()
 
 
 def _warn_unwritten(name: str, error: Exception) -> None:

@@ -26,8 +26,13 @@ class TrainStylizerConfig:
         crop: Smallest side of a crop, as a share of the picture's shorter side; crops are brought to `size`.
         steps: Optimiser steps.
         batch: Pairs of content and style a step.
+        start: File of weights to begin with, as a run writes; those that fit by name and shape are taken, such as the
+            decoder of another method. Empty begins at random.
+        warmup: How many of these steps come first with the identity loss alone, so that what is painted is sharp before
+            it is styled; none, as published.
         lr: Learning rate of Adam.
         schedule: "constant", or "cosine" from lr down to 0.
+        clip: Largest norm of the gradient; 0 is no limit, as published.
         content: Weight of the content loss: of AdaIN to the stylised map, else to the content's normalised maps
             relu4_1 and relu5_1.
         style: Weight of the global style loss.
@@ -51,8 +56,11 @@ class TrainStylizerConfig:
     crop: float = 0.5
     steps: int = 50000
     batch: int = 8
+    start: str = ""
+    warmup: int = 0
     lr: float = 0.0002
     schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 0.0
     content: float = 0.0
     style: float = 10.0
     style_levels: tuple[int, ...] = (2, 3, 4, 5)
@@ -67,7 +75,8 @@ class TrainStylizerConfig:
         one_of(self, "method", *STYLE_METHODS)
         one_of(self, "schedule", "constant", "cosine")
         require(self, 1, "size", "load", "steps", "batch", "most", *(["inner"] if self.inner is not None else []))
-        require(self, 0, "lr", "content", "style", "local", "identity", "checkpoint_every", "snapshot_every")
+        weights = ("content", "style", "local", "identity")
+        require(self, 0, "warmup", "lr", "clip", *weights, "checkpoint_every", "snapshot_every")
         require(self, 0, "crop", most=1)
         object.__setattr__(self, "style_levels", tuple(self.style_levels))
         if self.widths is not None:

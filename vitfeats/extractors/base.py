@@ -222,7 +222,9 @@ class Extractor(ABC):
                     done[index] = items[0][1] if single else Descriptors(items)
             yield from (done[index] for index in range(len(window)))
 
-    def _extract(self, images: Images | Prepared, asked: list[tuple[str, Tap]], single: bool) -> Descriptor | Descriptors:
+    def _extract(
+        self, images: Images | Prepared, asked: list[tuple[str, Tap]], single: bool
+    ) -> Descriptor | Descriptors:
         readings, batch = self.run(images, lambda batch: self.read(batch, list(dict.fromkeys(t for _, t in asked))))
         items = [(text, self._descriptor(tap, readings[tap], batch)) for text, tap in asked]
         return items[0][1] if single else Descriptors(items)

@@ -8,8 +8,9 @@ A plane is whatever follows the channels of a tensor: (height, width) of a map, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import ClassVar, NamedTuple
 
@@ -120,28 +121,12 @@ def attend(
         values = _wide(value).flatten(2).transpose(1, 2)
         bytes_each = keys.shape[0] * keys.shape[2] * keys.element_size()
         rows = chunk or max(1, ATTENTION_BYTES // bytes_each)
-        labels = None if regions is None else regions[0].split(rows, 1)
         parts = queries.split(rows, 1)
-        # A single chunk is within the bound already.
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        found = []
-        for index, part in enumerate(parts):
-            places = None if labels is None or regions is None else (labels[index], regions[1])
-            if again:
-                found.append(
-                    checkpoint(
-                        _attended,
-                        part,
-                        keys,
-                        values,
-                        log_weights,
-                        places,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                )
-            else:
-                found.append(_attended(part, keys, values, log_weights, places))
+        labels = [None] * len(parts) if regions is None else [(x, regions[1]) for x in regions[0].split(rows, 1)]
+        run: Callable[..., Tensor] = _attended
+        if len(parts) > 1 and torch.is_grad_enabled():  # a single chunk is within the bound already
+            run = partial(checkpoint, _attended, use_reentrant=False, preserve_rng_state=False)
+        found = [run(*pair, keys, values, log_weights) for pair in zip(parts, labels, strict=True)]
         attended = torch.cat(found, 1).transpose(1, 2)
     return attended.reshape(*attended.shape[:2], *query.shape[2:]).to(value.dtype)
 
@@ -193,10 +178,10 @@ def sampled(count: int, most: int | None, generator: torch.Generator | None = No
 
 def _attended(
     queries: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
     log_weights: Tensor | None,
-    labels: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Attend from (batch, n, dim) to keys (batch, dim, m) and values (batch, m, channels)."""
     logits = queries @ keys
@@ -690,12 +675,22 @@ def _labels(regions: Tensor | int | None, x: Tensor, batch: int) -> Int[Tensor, 
 
 
 def _draw(network: StyleNetwork, generator: torch.Generator | None) -> None:
-    """Draw the weights; biases are 0."""
+    """Draw the weights; biases are 0.
+
+    Attention begins as what it is without learned weights, but for fewer channels: content and style are compared in
+    the same random projection, and values pass as they are. From the first step, what is decoded has the style's
+    statistics.
+    """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             if name.startswith("decoder"):  # He's: nine layers one behind the other keep the scale of the features
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-            else:  # torch's own, which are smaller: a softmax of large logits learns little
+            elif name.endswith((".f", ".g")):  # torch's own, which are smaller: a softmax of large logits learns little
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
+            else:
+                nn.init.dirac_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, AdaAttN | SANet):
+            module.g.load_state_dict(module.f.state_dict())
