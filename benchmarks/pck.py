@@ -5,11 +5,11 @@
     python benchmarks/pck.py long
 
 ``maps``: the most similar pixel of an enlarged map, against enlarging the map by ``F.interpolate`` first; 60 × 60 cells
-of 384 channels to 500 × 500 pixels, 12 points. ``protocols``: the same descriptors of ``mini`` (token@11, log-binned; at
-its own size) under the four protocols, and each choice changed alone, on 200 pictures and their warps; the object is what
-lies in the middle half of a picture, and its category the picture's folder. ``long``: 12,234 pairs of 300 images in the
-layout of SPair-71k, ``mini`` at 112 pixels with its features kept, by ``vitfeats eval``, killed three times; memory and
-time.
+of 384 channels to 500 × 500 pixels, 12 points. ``protocols``: the same descriptors of ``mini`` (token@11, log-binned;
+at its own size) under the four protocols, and each choice changed alone, on 200 pictures and their warps; the object is
+what lies in the middle half of a picture, and its category the picture's folder. ``long``: 12,234 pairs of 300 images
+in the layout of SPair-71k, ``mini`` at 112 pixels with its features kept, by ``vitfeats eval``, killed three times;
+memory and time.
 """
 
 import argparse

@@ -649,13 +649,11 @@ def test_all_components_keep_every_cosine():
         joint_pca(0)
 
 
-@pytest.mark.xfail(strict=True, reason="joint_pca keeps components of no length, which the docstring leaves out")
 def test_a_joint_pca_has_no_more_components_than_there_are_tokens():
     a, b = random_descriptor(0, 1, 2, 30), random_descriptor(1, 1, 3, 30)
     assert [d.dim for d in joint_pca(20)(a, b)] == [5, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="joint_pca passes on the RuntimeError of torch.cat")
 def test_a_joint_pca_of_other_channels_is_refused():
     with pytest.raises(ShapeError, match="expected descriptors with as many channels, got 8"):
         joint_pca(2)(random_descriptor(0, dim=8), random_descriptor(1, dim=7))
@@ -734,7 +732,6 @@ def test_a_fingerprint_is_that_of_the_same_features_alone(mini):
     assert len({usual, *others}) == 1 + len(others)
 
 
-@pytest.mark.xfail(strict=True, reason="fingerprint_of does not tell a tap from a list of it alone")
 def test_a_list_of_one_tap_is_joined_and_has_a_fingerprint_of_its_own(mini):
     image = picture(60, 90)
     alone, listed = describe_with(mini, "key@11")(image), describe_with(mini, ["key@11"])(image)
@@ -905,7 +902,6 @@ def test_pairs_that_do_not_do_are_named(mini):
     assert count_hooks(mini.model) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the error of an image does not name the pair, as the docstring says")
 def test_an_image_that_cannot_be_read_names_its_pair(tmp_path):
     good = drawn_pairs(1)[0]
     gone = Pair(tmp_path / "none.png", good.image_b, [(5.0, 3.0)], [(1.0, 1.0)], "gone", box_b=good.box_b)
@@ -1146,7 +1142,6 @@ def test_features_of_other_weights_or_sizes_are_another_run(mini, tmp_path):
     assert same(again, evaluate_pck(mini, "key@11", pairs, name="mine"))
 
 
-@pytest.mark.xfail(strict=True, reason="a transform is told by its qualified name, which joint_pca(3) and (5) share")
 def test_a_transform_with_other_settings_is_another_run(mini, tmp_path):
     pairs = drawn_pairs(1)
     evaluate_pck(mini, "key@11", pairs, transform=joint_pca(3), out=tmp_path)
@@ -1175,7 +1170,6 @@ def test_a_result_comes_back_from_its_file(tmp_path):
     json.loads((tmp_path / "pck.json").read_text(), parse_constant=refused)
 
 
-@pytest.mark.xfail(strict=True, reason="pck.json has null for NaN and infinity, and reads both as NaN")
 def test_answers_at_infinity_come_back_from_their_file(tmp_path):
     result = measured([marked([(math.inf, 0.0)])], IMAGE)
     assert same(PckResult.load(result.save(tmp_path / "pck.json")), result)

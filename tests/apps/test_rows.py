@@ -218,7 +218,6 @@ def test_random_weights_are_the_same_every_time_and_leave_the_random_numbers_alo
     assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.xfail(strict=True, reason="a row of random weights stays on the CPU, whatever device= says")
 def test_random_weights_are_put_on_the_device():
     row = EvalRow("random", (Part("random:test_vit", ("key@-1",), size=64),))
     with pytest.raises(ConfigError, match="expected a device of this machine, got 'nonsense'"):
@@ -267,7 +266,6 @@ def test_the_table_of_the_paper_is_measured_as_far_as_there_are_weights(weightle
     }
 
 
-@pytest.mark.xfail(strict=True, reason="where no row could be measured, the table does not say why")
 def test_a_table_of_nothing_says_so_too():
     rows = [EvalRow("absent", (Part("dino_vits8", ("key@9",)),)), EvalRow("gone", (Part("sd15", ("out@up1",)),))]
     told = table_markdown([Measured(row, None, "no network", 0.0, 0.5) for row in rows])
@@ -364,7 +362,7 @@ def test_what_no_table_can_be_made_of():
     with pytest.raises(ConfigError, match="expected a table, got 'bundle'. Did you mean 'bundled'"):
         evaluate_table("bundle", pairs)
     for rows in ([], [EvalRow("Keys, 9"), EvalRow("keys 9")]):
-        with pytest.raises(ConfigError, match="expected rows, at least one, of different names, got"):
+        with pytest.raises(ConfigError, match="expected rows, at least one, of different names with a letter or"):
             evaluate_table(rows, pairs)
     with pytest.raises(UnknownModelError, match="minni"):
         evaluate_table([EvalRow("typo", (Part("minni", ("key@9",)),))], pairs)
@@ -372,7 +370,6 @@ def test_what_no_table_can_be_made_of():
         evaluate_table([EvalRow("typo", (Part("mini", ("key@99",)),))], pairs)
 
 
-@pytest.mark.xfail(strict=True, reason="a name without letters has the folder of the whole table for its own")
 def test_a_name_without_letters_is_refused():
     with pytest.raises(ConfigError, match="expected rows"):
         evaluate_table([EvalRow("–"), EvalRow("nobody")], two_pairs())
