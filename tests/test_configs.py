@@ -9,9 +9,11 @@ import pytest
 
 from vitfeats.configs import (
     INVERT_PRESETS,
+    PCK_PROTOCOLS,
     SPLICE_PRESETS,
     ExtractorConfig,
     InvertConfig,
+    PckProtocol,
     SpliceConfig,
     plain_config,
     read_config,
@@ -206,10 +208,66 @@ def test_an_inversion_refuses_them_too(changes, message):
         InvertConfig(**changes)
 
 
+def test_the_protocols_of_pck_are_the_published_ones():
+    boxed = {"reference": "box", "thresholds": (0.1, 0.05, 0.01)}
+    published = {
+        "spair": boxed | {"size": None, "pad": False, "predict": "cell", "strict": False, "mean": "category"},
+        "hyperfeatures": {"size": (224, 224), "pad": False, "predict": "map", "enlarged": "network"}
+        | {"reference": "image", "strict": False, "mean": "keypoint", "visible_only": False},
+        "dift": boxed
+        | {"size": (768, 768), "predict": "map", "enlarged": "source", "strict": False, "mean": "image", "pad": False},
+        "sd_dino": boxed
+        | {"size": 840, "pad": True, "predict": "cell", "strict": True, "mean": "category_keypoint"}
+        | {"visible_only": True},
+    }
+    assert list(published) == list(PCK_PROTOCOLS)
+    for name, choices in published.items():
+        protocol = PckProtocol.preset(name)
+        assert {choice: getattr(protocol, choice) for choice in choices} == choices
+    assert PckProtocol() == PckProtocol.preset() == PckProtocol.preset("spair")
+    assert PckProtocol.preset("dift", size=None) == dataclasses.replace(PckProtocol.preset("dift"), size=None)
+
+
+@pytest.mark.parametrize("name", PCK_PROTOCOLS)
+def test_every_protocol_comes_back_from_yaml(name, file):
+    protocol = PckProtocol.preset(name, thresholds=(0.15, 0.1))
+    assert read_config(file(write_config(protocol)), PckProtocol) == protocol
+    assert PckProtocol(thresholds=[0.15, 0.1]).thresholds == (0.15, 0.1)
+    assert hash(PckProtocol(thresholds=[0.15])) == hash(PckProtocol(thresholds=(0.15,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"predict": "soft"}, "expected predict 'cell', 'map' or 'window', got 'soft'"),
+        ({"enlarged": "box"}, "expected enlarged 'source' or 'network', got 'box'"),
+        ({"reference": "bbox"}, "expected reference 'box' or 'image', got 'bbox'"),
+        ({"mean": "pair"}, "expected mean 'keypoint', 'image', 'category' or 'category_keypoint', got 'pair'"),
+        ({"thresholds": ()}, r"expected thresholds above 0, at least one, got \(\); for example \(0.1,\)"),
+        ({"thresholds": (0.1, 0.0)}, r"expected thresholds above 0, at least one, got \(0.1, 0.0\)"),
+        ({"thresholds": (-0.1,)}, "expected thresholds above 0, at least one, got"),
+        ({"thresholds": (0.1, float("nan"))}, "expected thresholds above 0, at least one, got"),
+    ],
+)
+def test_a_protocol_that_measures_nothing_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PckProtocol(**changes)
+
+
+def test_unknown_protocols_and_choices_offer_the_nearest():
+    with pytest.raises(ConfigError, match="expected a preset, got 'diff'. Did you mean 'dift'"):
+        PckProtocol.preset("diff")
+    with pytest.raises(
+        ConfigError, match="expected a setting of PckProtocol, got 'treshold'. Did you mean 'thresholds'"
+    ):
+        PckProtocol.preset("spair", treshold=0.1)
+
+
 def test_settings_need_no_torch():
     code = (
         "import sys, vitfeats.configs as c\n"
         "c.write_config(c.SpliceConfig())\n"
+        "c.write_config(c.PckProtocol())\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,5 +1,6 @@
 """Plots: pictures of a sane size that show what they are given, without pyplot."""
 
+import math
 import subprocess
 import sys
 
@@ -72,6 +73,65 @@ def test_at_most_so_many_matches_are_drawn():
     assert any((five != np.asarray(plot.matches(WIDE, TALL, found, most=5, seed=seed))).any() for seed in (1, 2))
     # No matches at all are a picture of the two images.
     assert np.array_equal(none, np.asarray(plot.matches(WIDE, TALL, found[:0])))
+
+
+ASKED = [(10.0, 10.0), (50.0, 25.0), (30.0, 15.0)]
+CARRIED = [(5.0, 40.0), (20.0, 5.0), (12.0, 30.0)]
+
+
+def test_points_are_drawn_where_they_are_carried():
+    plain = check(plot.points(WIDE, ASKED, TALL, CARRIED))
+    assert np.array_equal(plain, np.asarray(plot.points(WIDE, torch.tensor(ASKED), TALL, np.array(CARRIED))))
+    assert np.array_equal(plain, np.asarray(plot.points(WIDE, ASKED, TALL, CARRIED, right=[True] * 3)))
+    nowhere = torch.zeros(0, 2)
+    none = np.asarray(plot.points(WIDE, nowhere, TALL, nowhere))
+    half = plain.shape[1] // 2
+    assert (plain != none)[:, :half].any()
+    assert (plain != none)[:, half:].any()
+
+
+def test_points_have_a_mark_for_those_that_are_wrong_and_a_ring_for_where_they_should_be():
+    targets = [(7.0, 44.0), (20.0, 5.0), (2.0, 3.0)]
+    plain = np.asarray(plot.points(WIDE, ASKED, TALL, CARRIED))
+    crossed = np.asarray(plot.points(WIDE, ASKED, TALL, CARRIED, right=[True, False, True]))
+    ringed = np.asarray(plot.points(WIDE, ASKED, TALL, CARRIED, targets=targets))
+    both = check(plot.points(WIDE, ASKED, TALL, CARRIED, targets=targets, right=[True, False, True]))
+    assert len({picture.tobytes() for picture in (plain, crossed, ringed, both)}) == 4
+    # Image a is the same in all of them.
+    left = slice(0, plain.shape[1] // 3)
+    assert all(np.array_equal(plain[:, left], picture[:, left]) for picture in (crossed, ringed, both))
+
+
+def test_a_point_beyond_the_edge_does_not_shrink_the_picture():
+    inside = plot.points(WIDE, ASKED, TALL, CARRIED)
+    outside = plot.points(WIDE, ASKED, TALL, [(-500.0, 9000.0), *CARRIED[1:]], targets=CARRIED)
+    assert outside.size == inside.size
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"carried": CARRIED[:2]}, "3 on image a, 2 carried, 2 targets and 3 marks"),
+        ({"targets": CARRIED[:1]}, "3 on image a, 3 carried, 1 targets and 3 marks"),
+        ({"right": [True]}, "3 on image a, 3 carried, 3 targets and 1 marks"),
+    ],
+)
+def test_as_many_points_of_each_are_needed(changes, told):
+    given = {"image_a": WIDE, "points_a": ASKED, "image_b": TALL, "carried": CARRIED} | changes
+    with pytest.raises(ShapeError, match=f"expected as many points of each, got {told}"):
+        plot.points(**given)
+
+
+def test_accuracy_is_a_line_a_method_over_thresholds_in_any_order():
+    one = {0.0: 0.0, 0.1: 0.4, 0.2: 0.7}
+    other = {0.2: 0.2, 0.0: 0.0, 0.1: 0.1}
+    drawn = plot.accuracy({"one": one, "other": other})
+    check(drawn)
+    assert drawn.tobytes() == plot.accuracy({"one": one, "other": dict(sorted(other.items()))}).tobytes()
+    others = [{"one": one}, {"one": other, "other": one}, {"one": one, "another": other}, {"one": {0.0: math.nan}}]
+    assert len({plot.accuracy(shares).tobytes() for shares in others} | {drawn.tobytes()}) == 5
+    with pytest.raises(ShapeError, match="expected at least one method, got none"):
+        plot.accuracy({})
 
 
 def test_saliency():
@@ -147,6 +207,8 @@ plot.similarity(image, [(3.0, 4.0)], image, torch.rand(1, 2, 3))
 plot.saliency(image, make("attention@1"))
 plot.mixing(torch.rand(2, 3), ["a", "b", "c"], [1, 0])
 plot.side_by_side([image, image], ["a", "b"])
+plot.points(image, [(3.0, 4.0)], image, [(5.0, 6.0)])
+plot.accuracy({"m": {0.0: 0.0, 0.1: 0.5}})
 print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

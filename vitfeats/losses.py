@@ -221,7 +221,8 @@ def local_style_loss(
     the style, softmax(normalised content · normalised style) without a scale, which gives a weighted mean and standard
     deviation of the style's tokens for each channel; the target is deviation · normalised content + mean, and the loss
     the mean squared difference to it. Normalised is to mean 0 and standard deviation 1 of each channel over the image's
-    tokens. The paper compares the features of all shallower layers, too: ``shallower``. The target has no gradient. The images of a batch are compared one to one and averaged.
+    tokens. The paper compares the features of all shallower layers, too: ``shallower``. The target has no gradient. The
+    images of a batch are compared one to one and averaged.
 
     Args:
         out: Any tap, of the image being made.

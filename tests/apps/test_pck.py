@@ -79,10 +79,51 @@ def test_numbers_of_points_must_agree():
         pck(torch.zeros(4, 3), TARGET, (60.0, 100.0))
 
 
-def test_settings_must_be_positive():
-    for alpha, reference in ((0.0, (60.0, 100.0)), (-0.1, (60.0, 100.0)), (0.1, (0.0, 0.0))):
-        with pytest.raises(ConfigError, match=r"expected alpha and a reference \(height, width\) above 0, got"):
-            pck(TARGET, TARGET, reference, alpha=alpha)
+@pytest.mark.parametrize(
+    ("alpha", "reference"),
+    [
+        (0.0, (60.0, 100.0)),
+        (-0.1, (60.0, 100.0)),
+        (math.nan, (60.0, 100.0)),
+        (0.1, (60.0, -1.0)),
+        (0.1, (math.nan, 100.0)),
+        (0.1, (60.0, math.nan)),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(alpha, reference):
+    with pytest.raises(
+        ConfigError, match=r"expected alpha above 0 and a reference \(height, width\) of at least 0, got"
+    ):
+        pck(TARGET, TARGET, reference, alpha=alpha)
+
+
+def test_a_strict_threshold_leaves_out_the_point_that_is_exactly_there():
+    # Distances 0, 10, 9.99 and 10.01 at a threshold of 10.
+    predicted = shifted((0.0, 0.0), (6.0, 8.0), (0.0, 9.99), (0.0, 10.01))
+    assert pck(predicted, TARGET, (60.0, 100.0)) == 0.75
+    assert pck(predicted, TARGET, (60.0, 100.0), strict=True) == 0.5
+
+
+@pytest.mark.parametrize(("alpha", "side"), [(0.29, 100.0), (0.57, 100.0), (0.1, 70.0), (0.07, 300.0), (0.15, 20.0)])
+def test_a_strict_threshold_is_not_moved_by_rounding(alpha, side):
+    distance = round(alpha * side)
+    for x in (0.0, 0.1, 100.7):
+        assert pck([(x + distance, 0.0)], [(x, 0.0)], (side, side), alpha=alpha, strict=True) == 0.0
+        assert pck([(x + distance - 0.001, 0.0)], [(x, 0.0)], (side, side), alpha=alpha, strict=True) == 1.0
+
+
+def test_of_a_box_without_a_side_only_what_is_met_exactly_is_correct():
+    predicted = shifted((0.0, 0.0), (0.0, 1e-3), (1.0, 0.0), (0.0, 0.0))
+    for alpha in (0.1, 1e9):
+        assert pck(predicted, TARGET, (0.0, 0.0), alpha=alpha) == 0.5
+        assert pck(predicted, TARGET, (0.0, 0.0), alpha=alpha, strict=True) == 0.0
+    assert pck(predicted, TARGET, (0.0, 1.0), alpha=1.0) == 1.0  # one side is enough
+
+
+def test_what_is_not_a_number_is_refused():
+    for value in (math.nan, math.inf):
+        with pytest.raises(ShapeError, match="expected finite points, got NaN or infinity"):
+            pck([(value, 0.0)], [(0.0, 0.0)], (60.0, 100.0))
 
 
 def test_whole_numbers_will_do():

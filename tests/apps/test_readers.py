@@ -1,9 +1,11 @@
 """Datasets in their official layouts: what is annotated is what is read, and what is broken is named."""
 
+import copy
 import json
 import math
 import random
 import re
+import struct
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -16,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import Truth
 from PIL import Image, ImageFile
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
-from vitfeats.apps.evaluation.annotations import PairReader, size_of
+from vitfeats.apps.evaluation.annotations import PairReader, read_matrices, size_of
 from vitfeats.apps.evaluation.datasets import Pair
 from vitfeats.apps.evaluation.drawn import AP10K, CUB200, DrawnPairs
 from vitfeats.apps.evaluation.readers import PairList, PairTable, PFPascal, PFWillow, SPair71k, open_pairs, read_pairs
@@ -753,7 +755,7 @@ def malform_json(text: str, drawn: random.Random) -> bytes:
         elif kind == 5 and isinstance(container, list):
             container.append(json.loads(json.dumps(container[key])))
         else:
-            container[key] = drawn.choice(ODD)
+            container[key] = copy.deepcopy(drawn.choice(ODD))  # which may be changed in its turn
         if not nodes(values):
             break
     return malform_bytes(json.dumps(values[0] if values else None).encode(), drawn, rarely=True)
@@ -909,6 +911,37 @@ def test_a_malformed_file_gives_pairs_that_do_or_an_error_that_names_it(datasets
 @pytest.mark.parametrize("layout", ALL)
 def test_the_check_of_malformed_files_accepts_whole_ones(datasets, layout):
     check_reading(lambda: ALL[layout][1](datasets[layout]), Path("none"), "none")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"])
+def test_matrices_are_read_as_scipy_reads_them(tmp_path, kind, compressed):
+    drawn = np.random.default_rng(0)
+    shapes = {"a": (6, 2), "kps": (1, 1), "a_name_longer_than_a_tag": (3, 4, 2), "empty": (0, 2)}
+    values = {name: drawn.integers(0, 120, shape).astype(kind) for name, shape in shapes.items()}
+    path = tmp_path / "a.mat"
+    savemat(
+        path, values | {"text": "x", "struct": {"a": 1}, "complex": np.ones((2, 2)) * 1j}, do_compression=compressed
+    )
+    wanted = loadmat(path, variable_names=list(shapes))
+    found = read_matrices(path, [*shapes, "text", "struct", "complex", "absent"], "a file")
+    assert found.keys() == shapes.keys()
+    for name, matrix in found.items():
+        assert matrix.dtype == np.float64
+        assert np.array_equal(matrix, wanted[name])
+    assert read_matrices(path, ["a"], "a file").keys() == {"a"}
+
+
+def test_matrices_of_the_other_byte_order_are_read(tmp_path):
+    # Written by hand: an element of 6 × 8 bytes of numbers, whose name and shape stand before them.
+    numbers = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    parts = struct.pack(">IIII", 6, 8, 6, 0) + struct.pack(">IIii", 5, 8, 3, 2)
+    parts += struct.pack(">HH4s", 3, 1, b"kps") + struct.pack(">II6d", 9, 48, *numbers)
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x01\x00MI"
+    path = tmp_path / "a.mat"
+    path.write_bytes(header + struct.pack(">II", 14, len(parts)) + parts)
+    assert read_matrices(path, ["kps"], "a file")["kps"].tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert np.array_equal(loadmat(path)["kps"], [[1, 4], [2, 5], [3, 6]])
 
 
 ODD_POINTS: Sequence[object] = [

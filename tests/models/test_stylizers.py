@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitfeats.errors import ConfigError, WeightsUnavailableError
 from vitfeats.models.stylizers import CHANNELS, Settings, load_network, pack, settings_of
-from vitfeats.nets.adaattn import NETWORKS
+from vitfeats.nets.stylizing import NETWORKS
 
 SMALL = (4, 6, 8, 10, 10)
 METHODS = sorted(NETWORKS)

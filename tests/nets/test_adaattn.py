@@ -13,16 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 import vitfeats as vf
 from vitfeats.errors import ConfigError, ShapeError
-from vitfeats.nets import adaattn
+from vitfeats.nets import adaattn, stylizing
 from vitfeats.nets.adaattn import (
-    NETWORKS,
     AdaAttN,
     AttentionPair,
     Decoder,
     Level,
     SANet,
     SANetPair,
-    Style,
     adain,
     attend,
     attend_moments,
@@ -32,6 +30,7 @@ from vitfeats.nets.adaattn import (
     normalised,
     sampled,
 )
+from vitfeats.nets.stylizing import NETWORKS, Style
 
 CHANNELS = (4, 6, 8, 10, 10)
 METHODS = sorted(NETWORKS)
@@ -553,7 +552,7 @@ def test_a_style_does_not_count_more_for_being_larger(method):
     """A level at which a style shows the same positions several times gives them the same share as once."""
     content, a, b = _maps(17, 24), _maps(16, 32, seed=1), _maps(24, 20, seed=2)
     shown = [Style(a, 1.0), Style(b, 1.0)]
-    scene = adaattn.Scene(content, shown)
+    scene = stylizing.Scene(content, shown)
     level = scene.level(3, shallower=False)
     shares = level.log_weights.exp()
     count = a[3].shape[2] * a[3].shape[3]

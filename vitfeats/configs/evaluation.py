@@ -55,7 +55,7 @@ class PckProtocol:
         one_of(self, "reference", "box", "image")
         one_of(self, "mean", *MEANS)
         object.__setattr__(self, "thresholds", tuple(self.thresholds))  # a list of a file, too
-        if not self.thresholds or min(self.thresholds) <= 0:
+        if not self.thresholds or not all(threshold > 0 for threshold in self.thresholds):  # a NaN, too
             raise ConfigError(f"expected thresholds above 0, at least one, got {self.thresholds}; for example (0.1,)")
 
     @classmethod

@@ -118,9 +118,7 @@ class Extractor(ABC):
         asked = self._resolve_all(taps)
         return self._extract(images, asked, single=not _is_several(taps))
 
-    def describe(
-        self, pixels: Float[Tensor, "batch 3 height width"], taps: Sequence[str | Tap]
-    ) -> Descriptors:
+    def describe(self, pixels: Float[Tensor, "batch 3 height width"], taps: Sequence[str | Tap]) -> Descriptors:
         """Extract from pixels as they are: nothing is resized, and values outside 0..1 are taken too.
 
         For what a network makes on its way to an image; gradients reach it if it requires them.

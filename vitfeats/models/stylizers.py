@@ -12,7 +12,7 @@ from torch import Tensor
 from vitfeats.descriptor import write_whole
 from vitfeats.errors import ConfigError, WeightsUnavailableError, nearest_names
 from vitfeats.models.weights import read_checkpoint
-from vitfeats.nets.adaattn import NETWORKS, StyleNetwork
+from vitfeats.nets.stylizing import NETWORKS, StyleNetwork
 
 CHANNELS = (64, 128, 256, 512, 512)
 """Of relu1_1 to relu5_1 in VGG-19, whose maps the published networks take."""
@@ -32,7 +32,7 @@ class Settings:
     """What a network of style transfer is built from.
 
     Attributes:
-        method: A name of :data:`~vitfeats.nets.adaattn.NETWORKS`.
+        method: A name of :data:`~vitfeats.nets.stylizing.NETWORKS`.
         channels: Of the maps relu1_1 to relu5_1 that it takes.
         widths: Of its decoder.
         inner: Channels that keys are compared in; None is as published.
@@ -103,7 +103,7 @@ def pack(network: StyleNetwork, file: Path | str, *, encoder: str) -> None:
     """Write a network as safetensors of 16-bit floats, what it is built from in the header.
 
     Args:
-        network: Any of :data:`~vitfeats.nets.adaattn.NETWORKS`.
+        network: Any of :data:`~vitfeats.nets.stylizing.NETWORKS`.
         file: Is replaced if it is there.
         encoder: Name of the model whose maps it was trained with.
 

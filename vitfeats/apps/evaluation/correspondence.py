@@ -18,7 +18,7 @@ from vitfeats.apps.evaluation.describing import Describe, Transform, describe_wi
 from vitfeats.apps.evaluation.results import PairErrors, PckResult, read_errors
 from vitfeats.configs import PckProtocol, ProtocolName, plain_config
 from vitfeats.descriptor import write_whole
-from vitfeats.errors import ConfigError, ShapeError, StoreError
+from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
 from vitfeats.extractors.base import Extractor, Taps
 from vitfeats.preprocess import load_image
 from vitfeats.runs import HISTORY, RunFolder, check_same
@@ -186,7 +186,10 @@ def same_place(image_a: Tensor, image_b: Tensor, points: Tensor) -> Tensor:
 
 
 def _errors(method: Method, pair: Pair, index: int, rules: PckProtocol) -> PairErrors:
-    image_a, image_b = load_image(pair.image_a), load_image(pair.image_b)
+    try:
+        image_a, image_b = load_image(pair.image_a), load_image(pair.image_b)
+    except ImageError as error:
+        raise ImageError(f"pair {index} ('{pair.name}'): {error}") from error
     height, width = image_b.shape[1:]
     box = pair.box_b
     record = PairErrors(
@@ -212,8 +215,8 @@ def _errors(method: Method, pair: Pair, index: int, rules: PckProtocol) -> PairE
         got = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
         raise ShapeError(f"expected {len(pair.points_b)} points (n, 2) for pair {index} ('{pair.name}'), got {got}")
     found = predicted.detach().cpu().double() - shift_b
-    # What is not a number is nowhere: as far off as can be said.
-    distances = (found - pair.points_b.double()).norm(dim=1).nan_to_num(torch.inf, torch.inf)
+    found[~found.isfinite().all(1)] = torch.nan  # nowhere, and so as far off as can be said
+    distances = (found - pair.points_b.double()).norm(dim=1).nan_to_num(torch.inf)
     return replace(record, predicted=tuple((x, y) for x, y in found.tolist()), distances=tuple(distances.tolist()))
 
 

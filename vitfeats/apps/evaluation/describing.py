@@ -100,17 +100,21 @@ def joint_pca(dim: int = 256) -> Transform:
 
     Raises:
         ConfigError: If ``dim`` is below 1.
+        ShapeError: By the transform, if the two descriptors have not as many channels.
     """
     if dim < 1:
         raise ConfigError(f"expected dim of at least 1, got {dim}")
 
     def transform(a: Descriptor, b: Descriptor) -> tuple[Descriptor, Descriptor]:
+        if a.dim != b.dim:
+            raise ShapeError(f"expected descriptors with as many channels, got {a.dim} and {b.dim}")
         together = torch.cat([a.features[0], b.features[0]]).float()
         # From the channels' products: exact, and the same bits every time, which a randomised decomposition has not.
         _, basis = torch.linalg.eigh((together.T @ together).double())
-        axes = basis[:, -dim:].flip(1).to(together.dtype)
+        axes = basis[:, -min(dim, *together.shape) :].flip(1).to(together.dtype)
         return _projected(a, axes), _projected(b, axes)
 
+    transform.__qualname__ = f"joint_pca({dim})"  # a run with other components is another run
     return transform
 
 
@@ -153,8 +157,9 @@ def fingerprint_of(extractor: Extractor, taps: Taps | None) -> str:
     """Return a text that is the same for the same features: the model, a sample of its weights, settings and taps."""
     known = {"class", "card", "preprocess", "autocast", "norm", "norm_qk", "rope", "frugal", "diffusion", "cell"}
     settings = {name: repr(getattr(extractor, name)) for name in sorted(known) if hasattr(extractor, name)}
-    listed = [taps] if taps is None or isinstance(taps, str | Tap) else taps
-    asked = [str(tap or extractor.card.default_tap) for tap in listed]
+    alone = taps is None or isinstance(taps, str | Tap)
+    # A list of one tap is joined, and has tokens of length 1: not the same as the tap.
+    asked = str(taps or extractor.card.default_tap) if alone else [str(tap) for tap in taps]
     return json.dumps([type(extractor).__name__, settings, asked, weights_digest(extractor.model)])
 
 

@@ -45,7 +45,7 @@ def pck(
     made, wanted = (as_points(points, torch.zeros(1), torch.float64) for points in (predicted, target))
     if made.shape != wanted.shape:
         raise ShapeError(f"expected as many predicted points as targets, got {len(made)} and {len(wanted)}")
-    if not alpha > 0 or not min(reference) >= 0:  # a NaN, too
+    if not alpha > 0 or not all(side >= 0 for side in reference):  # a NaN, too
         raise ConfigError(
             f"expected alpha above 0 and a reference (height, width) of at least 0, got {alpha} and {tuple(reference)}"
         )

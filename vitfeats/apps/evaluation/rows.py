@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfeats.api import load_extractor
+from vitfeats.api import device_of, load_extractor
 from vitfeats.apps.evaluation.carrying import carry_points
 from vitfeats.apps.evaluation.correspondence import Method, enlarged_by, evaluate_method, same_place
 from vitfeats.apps.evaluation.datasets import Pair
@@ -243,10 +243,12 @@ def table_markdown(measured: Sequence[Measured]) -> str:
     results = [one.result for one in measured if one.result is not None]
     thresholds = results[0].protocol.thresholds if results else ()
     head = ["row", *(f"PCK@{threshold:g}" for threshold in thresholds), "published", "seconds"]
+    if not results:
+        head.insert(1, "PCK")
     lines = [head, ["---"] * len(head)]
     for one in measured:
         if one.result is None:
-            numbers = ["no weights"] + ["–"] * (len(thresholds) - 1) if thresholds else []
+            numbers = ["no weights"] + ["–"] * (len(thresholds) - 1)
             lines.append([one.row.name, *numbers, percent(one.published), "–"])
         else:
             numbers = [percent(one.result.pck(threshold)) for threshold in thresholds]
@@ -323,7 +325,7 @@ def _loaded(part: Part, device: str, dtype: str) -> Extractor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = new_network(part.model.removeprefix(RANDOM), 224)
-    return load_extractor(network.eval().requires_grad_(False), dtype=dtype)
+    return load_extractor(network.eval().requires_grad_(False).to(device_of(device)), dtype=dtype)
 
 
 def _rows_of(table: str | Sequence[EvalRow]) -> Sequence[EvalRow]:
@@ -332,8 +334,10 @@ def _rows_of(table: str | Sequence[EvalRow]) -> Sequence[EvalRow]:
             raise ConfigError(f"expected a table, got {table!r}. {nearest_names(table, TABLES)}")
         return TABLES[table]
     names = [slug(row.name) for row in table]
-    if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"expected rows, at least one, of different names, got {[row.name for row in table]}")
+    if len(set(names)) < len(names) or not all(names) or not names:
+        raise ConfigError(
+            f"expected rows, at least one, of different names with a letter or digit, got {[row.name for row in table]}"
+        )
     return table
 
 

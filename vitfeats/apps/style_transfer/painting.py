@@ -17,7 +17,7 @@ from vitfeats.configs import StyleMethod
 from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.extractors.base import Extractor
 from vitfeats.grid import fit_size
-from vitfeats.nets.adaattn import Style
+from vitfeats.nets.stylizing import Style
 from vitfeats.preprocess import ImageLike, is_out_of_memory, load_image, to_pil
 from vitfeats.resize import resize_images
 from vitfeats.runs import save_image

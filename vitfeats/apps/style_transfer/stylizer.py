@@ -15,7 +15,7 @@ from vitfeats.errors import ConfigError, ShapeError, nearest_names
 from vitfeats.extractors.base import Extractor
 from vitfeats.models.bundled import ASSETS
 from vitfeats.models.stylizers import ENCODER, load_network, settings_of
-from vitfeats.nets.adaattn import Style, StyleNetwork
+from vitfeats.nets.stylizing import Style, StyleNetwork
 
 TAPS = tuple(f"out@relu{level}_1" for level in range(1, 6))
 """What an encoder is read at."""

@@ -21,7 +21,8 @@ from vitfeats.errors import ConfigError
 from vitfeats.extractors.base import Extractor
 from vitfeats.losses import content_loss, global_style_loss, local_style_loss
 from vitfeats.models.stylizers import load_network, pack
-from vitfeats.nets.adaattn import NETWORKS, Style, StyleNetwork, adain
+from vitfeats.nets.adaattn import adain
+from vitfeats.nets.stylizing import NETWORKS, Style, StyleNetwork
 from vitfeats.preprocess import to_pil
 from vitfeats.resize import resize_images
 from vitfeats.runs import RunFolder, begin, check_same, interruption, scheduled, take_steps
