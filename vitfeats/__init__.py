@@ -32,14 +32,17 @@ __all__ = [
     "VitFeatsError",
     "WeightsUnavailableError",
     "appearance_loss",
+    "content_loss",
     "correspond",
     "cosine_similarity",
     "evaluate_pck",
     "extract",
+    "global_style_loss",
     "identity_loss",
     "invert",
     "list_models",
     "load_extractor",
+    "local_style_loss",
     "log_bin",
     "match_mutual",
     "match_nearest",
@@ -54,6 +57,7 @@ __all__ = [
     "similarity_map",
     "splice",
     "structure_loss",
+    "stylize",
     "transfer_points",
     "upsample",
 ]
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from vitfeats.apps.evaluation import evaluate_pck
     from vitfeats.apps.inversion import invert
     from vitfeats.apps.splice import splice
+    from vitfeats.apps.style_transfer import stylize
     from vitfeats.attention_maps import saliency
     from vitfeats.card import ModelCard
     from vitfeats.descriptor import Descriptor, Descriptors
@@ -81,7 +86,14 @@ if TYPE_CHECKING:
     )
     from vitfeats.extractors.base import Extractor
     from vitfeats.grid import Frame, PatchGrid
-    from vitfeats.losses import appearance_loss, identity_loss, structure_loss
+    from vitfeats.losses import (
+        appearance_loss,
+        content_loss,
+        global_style_loss,
+        identity_loss,
+        local_style_loss,
+        structure_loss,
+    )
     from vitfeats.matching import (
         Matches,
         correspond,
@@ -101,6 +113,7 @@ _HOME = {
     "vitfeats.apps.evaluation": ("evaluate_pck",),
     "vitfeats.apps.inversion": ("invert",),
     "vitfeats.apps.splice": ("splice",),
+    "vitfeats.apps.style_transfer": ("stylize",),
     "vitfeats.api": ("extract", "list_models", "load_extractor", "register_model", "set_default_model"),
     "vitfeats.attention_maps": ("saliency",),
     "vitfeats.card": ("ModelCard",),
@@ -108,7 +121,14 @@ _HOME = {
     "vitfeats.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "vitfeats.extractors.base": ("Extractor",),
     "vitfeats.grid": ("Frame", "PatchGrid"),
-    "vitfeats.losses": ("appearance_loss", "identity_loss", "structure_loss"),
+    "vitfeats.losses": (
+        "appearance_loss",
+        "content_loss",
+        "global_style_loss",
+        "identity_loss",
+        "local_style_loss",
+        "structure_loss",
+    ),
     "vitfeats.matching": (
         "Matches",
         "correspond",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.configs import ExtractorConfig, Preset, ProtocolName
+from vitfeats.configs import ExtractorConfig, Preset, ProtocolName, StyleMethod
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,55 @@ class Invert:
 
 
 @dataclass(frozen=True)
+class Stylize:
+    """Paint images in the style of others, in one pass of a network that was trained for any style.
+
+    Attributes:
+        images: Image files, or folders of them, such as the frames of a film.
+        sample: Paint a sample instead, as for pca.
+        style: Image files; or drawn patterns by kind and seed, pattern:glass:3 (strokes, glass, mosaic, hatching,
+            marbling, waves, dots, weave). With a sample, one pattern unless given.
+        weights: A share for each style; default equal ones.
+        method: adaattn, sanet, adain; several are drawn side by side. Default: adaattn, or what the checkpoint holds;
+            with a sample, all three.
+        strength: 0 to 1: how far to go from the content to the style.
+        mask: Picture of the content's size whose grey values are labels of regions.
+        style_masks: For each style the same; each region is painted in the style's regions of its label.
+        size: Shorter side in pixels that contents are brought to; default their own.
+        style_size: The same for styles: it sets the scale of the strokes. Default their own, 512 at most.
+        most: Positions of each style that attention looks at, drawn at random; 0 is all.
+        checkpoint: Weights that were trained or published, in place of those that come with the package.
+        encoder: Model whose maps they work on; default what they were trained with.
+        out: Picture to write; of several images, a folder for pictures of their names (made if missing).
+        resume: Leave out images whose picture is in the folder already.
+        batch_size: Images of one size that run together.
+        seed: Of the positions that are drawn.
+        device: cpu, cuda, mps; auto takes a GPU if there is one.
+        json: Print one JSON object instead of text.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    style: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    method: tuple[StyleMethod, ...] = ()
+    strength: float = 1.0
+    mask: Path | None = None
+    style_masks: tuple[Path, ...] = ()
+    size: int | None = None
+    style_size: int | None = None
+    most: int = 4096
+    checkpoint: Path | None = None
+    encoder: str | None = None
+    out: Path = Path("styled.png")
+    resume: bool = False
+    batch_size: int = 1
+    seed: int = 0
+    device: str = "auto"
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Hyperfeatures:
     """Write the hyperfeatures of images: the maps of a diffusion model's layers and steps, aggregated into one.
 
@@ -281,6 +330,37 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class TrainStylizer:
+    """Train a network of style transfer for any style.
+
+    Attributes:
+        content: A folder (with the folders in it) or a tar file of pictures to learn to paint.
+        style: The same, of styles. Without it: drawn patterns, textures, and the most colourful of the contents.
+        out: Folder for the history, checkpoints, pictures of results and stylizer.safetensors (made if missing).
+        held_out: Text file with the names of contents not to learn from, as paths without suffix.
+        method: Which network; its settings are the published ones.
+        config: Settings in YAML, in place of those.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights, crops and draws.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    content: Path
+    style: Path | None = None
+    out: Path = Path("stylizer")
+    held_out: Path | None = None
+    method: StyleMethod = "adaattn"
+    config: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "auto"
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Eval:
     """Measure how well features carry points from one image to another: PCK under a named protocol.
 
@@ -357,10 +437,12 @@ Command = (
     | Annotated[Match, subcommand("match")]
     | Annotated[Splice, subcommand("splice")]
     | Annotated[Invert, subcommand("invert")]
+    | Annotated[Stylize, subcommand("stylize")]
     | Annotated[Hyperfeatures, subcommand("hyperfeatures")]
     | Annotated[TrainDiffusion, subcommand("train-diffusion")]
     | Annotated[TrainHyperfeatures, subcommand("train-hyperfeatures")]
     | Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[TrainStylizer, subcommand("train-stylizer")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Models, subcommand("models")]
 )

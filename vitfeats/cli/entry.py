@@ -13,6 +13,7 @@ import tyro
 from vitfeats.cli.making import run_invert, run_splice
 from vitfeats.cli.measuring import evaluate
 from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
+from vitfeats.cli.styling import run_stylize, train
 from vitfeats.cli.training import aggregation, diffusion, pretrained
 from vitfeats.commands import (
     Command,
@@ -26,8 +27,10 @@ from vitfeats.commands import (
     Pretrain,
     Similarity,
     Splice,
+    Stylize,
     TrainDiffusion,
     TrainHyperfeatures,
+    TrainStylizer,
 )
 from vitfeats.errors import VitFeatsError
 
@@ -38,10 +41,12 @@ RUN: dict[type, Any] = {
     Match: match,
     Splice: run_splice,
     Invert: run_invert,
+    Stylize: run_stylize,
     Hyperfeatures: hyperfeatures,
     TrainDiffusion: diffusion,
     TrainHyperfeatures: aggregation,
     Pretrain: pretrained,
+    TrainStylizer: train,
     Eval: evaluate,
     Models: models,
 }

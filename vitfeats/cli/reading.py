@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, save_picture, say
+from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, readable, save_picture, say
 from vitfeats.commands import Extract, Hyperfeatures, Match, Models, Pca, Similarity
-from vitfeats.errors import ConfigError, ImageError
+from vitfeats.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 def extract(command: Extract) -> int:
@@ -31,7 +30,7 @@ def extract(command: Extract) -> int:
     whole: list[Path] = []
     written: list[str] = []
     progress = tqdm(total=len(names), unit="image", file=sys.stderr, disable=command.json or len(names) < 2)
-    results = extractor.each(_readable(command.images, whole, broken), taps, batch_size=command.batch_size)
+    results = extractor.each(readable(command.images, whole, broken), taps, batch_size=command.batch_size)
     make_folder(command.out)  # not before the taps have proved right
     for number, descriptors in enumerate(results):
         for tap, descriptor in descriptors.items():
@@ -172,17 +171,3 @@ def models(command: Models) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
-
-
-def _readable(paths: Sequence[Path], whole: list[Path], broken: dict[str, str]) -> "Iterator[Tensor]":
-    """Yield the images that can be read; note their paths, and why the others cannot."""
-    from vitfeats.preprocess import load_image
-
-    for path in paths:
-        try:
-            image = load_image(path)
-        except ImageError as error:
-            broken[str(path)] = str(error)
-            continue
-        whole.append(path)
-        yield image

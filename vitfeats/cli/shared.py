@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitfeats.configs import ExtractorConfig, read_config
-from vitfeats.errors import ConfigError
+from vitfeats.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from vitfeats.extractors.base import Extractor
 
@@ -74,3 +76,17 @@ def say(as_json: bool, facts: dict[str, Any], text: str) -> None:
     from vitfeats.runs import finite
 
     print(json.dumps(finite(facts)) if as_json else text)
+
+
+def readable(paths: Sequence[Path], whole: list[Path], broken: dict[str, str]) -> "Iterator[Tensor]":
+    """Yield the images that can be read; note their paths, and why the others cannot."""
+    from vitfeats.preprocess import load_image
+
+    for path in paths:
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            broken[str(path)] = str(error)
+            continue
+        whole.append(path)
+        yield image

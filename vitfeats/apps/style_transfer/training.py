@@ -191,7 +191,8 @@ class StylizerTrainer:
             parts["content"] = config.content * self._content(out, of_content, maps_c, maps_s)
         if config.style:
             levels = [TAPS[level - 1] for level in config.style_levels]
-            parts["style"] = config.style * sum(global_style_loss(out[tap], of_style[tap]) for tap in levels)
+            found = torch.stack([global_style_loss(out[tap], of_style[tap]) for tap in levels])
+            parts["style"] = config.style * found.sum()
         if config.local:
             parts["local"] = config.local * self._local(out, of_content, of_style)
         if config.identity:

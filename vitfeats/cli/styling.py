@@ -1,0 +1,189 @@
+"""Commands of style transfer: stylize, train-stylizer."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitfeats.cli.shared import images_of, make_folder, readable, save_picture, say
+from vitfeats.commands import Stylize, TrainStylizer
+from vitfeats.configs import STYLE_METHODS, TrainStylizerConfig, read_config
+from vitfeats.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+PATTERN = "pattern:"
+SAMPLE_STYLE = f"{PATTERN}strokes:12"  # what samples are painted in
+
+
+def run_stylize(command: Stylize) -> int:
+    """Paint one image, by one method or by several side by side; or each of many."""
+    several = len(command.images) > 1 or any(path.is_dir() for path in command.images)
+    return _each(command) if several else _one(command)
+
+
+def _one(command: Stylize) -> int:
+    from vitfeats import plot
+    from vitfeats.apps.style_transfer import stylize
+
+    image = images_of(command.images, command.sample)[0]
+    styles = _styles(command)
+    methods: Sequence[Any] = command.method or ([None] if command.sample is None else STYLE_METHODS)
+    if command.checkpoint is not None and not command.method:
+        methods = [None]
+    masks = None
+    if command.mask is not None:
+        if len(command.style_masks) != len(styles):
+            raise ConfigError(f"expected --style-masks, one for each of {len(styles)} styles, with --mask")
+        masks = (_labels(command.mask), [_labels(path) for path in command.style_masks])
+    made = [stylize(image, styles, method=method, masks=masks, **_settings(command)) for method in methods]
+    if len(made) == 1:
+        made[0].save(command.out)
+    else:
+        pictures = [image, *styles, *(one.image for one in made)]
+        titles = ["content", *(["style"] * len(styles)), *methods]
+        save_picture(plot.side_by_side(pictures, titles), command.out)
+    facts = {"out": str(command.out), "methods": [method or "of the checkpoint" for method in methods]}
+    say(command.json, facts, f"{command.out}: {made[0].image.width}×{made[0].image.height} pixels")
+    return 0
+
+
+def _each(command: Stylize) -> int:
+    from tqdm import tqdm
+
+    from vitfeats.apps.style_transfer import stylize_each
+
+    if command.mask is not None or len(command.method) > 1:
+        raise ConfigError("expected one image with --mask or several methods; of many images, one method and no mask")
+    files = _files(command.images)
+    folder = Path("styled") if command.out == Stylize.out else command.out
+    targets = {path: folder / f"{path.stem}.png" for path in files}
+    if len(set(targets.values())) < len(files):
+        raise ConfigError("expected images whose names differ in more than the suffix; paint one folder at a time")
+    left = [path for path in files if not (command.resume and targets[path].is_file())]
+    broken: dict[str, str] = {}
+    whole: list[Path] = []
+    painted = stylize_each(
+        readable(left, whole, broken),
+        _styles(command),
+        method=command.method[0] if command.method else None,
+        batch_size=command.batch_size,
+        **_settings(command),
+    )
+    make_folder(folder)
+    with tqdm(total=len(left), unit="image", file=sys.stderr, disable=command.json) as bar:
+        for number, one in enumerate(painted):
+            one.save(targets[whole[number]])
+            bar.update(len(broken) + number + 1 - bar.n)
+    facts = {"out": str(folder), "painted": len(whole), "skipped": len(files) - len(left), "failed": broken}
+    say(command.json, facts, f"{len(whole)} pictures in {folder}")
+    for reason in broken.values():
+        print(f"vitfeats: {reason}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def train(command: TrainStylizer) -> int:
+    """Train a network of style transfer."""
+    from vitfeats.api import device_of
+    from vitfeats.apps.style_transfer import STYLIZER, train_stylizer, usual_styles
+    from vitfeats.pictures import read_names, read_pictures
+
+    base = TrainStylizerConfig.preset(command.method)
+    config = base if command.config is None else read_config(command.config, TrainStylizerConfig, base=base)
+    if command.steps is not None:
+        config = replace(config, steps=command.steps)
+    kept = [] if command.held_out is None else read_names(command.held_out)
+    broken: dict[str, str] = {}
+    contents = read_pictures(command.content, side=config.load, without=kept, broken=broken)
+    if command.style is None:
+        styles = usual_styles(contents, size=config.load)
+    else:
+        styles = list(read_pictures(command.style, side=config.load, broken=broken).values())
+    result = train_stylizer(
+        list(contents.values()),
+        styles,
+        config=config,
+        seed=command.seed,
+        out=command.out,
+        resume=command.resume,
+        progress=not command.json,
+        device=device_of(command.device),
+    )
+    last = result.history[-1] if result.history else {}
+    facts = {
+        "method": config.method,
+        "out": str(command.out / STYLIZER),
+        "contents": len(contents),
+        "styles": len(styles),
+        "failed": broken,
+        "steps": last.get("step", -1) + 1,
+        "stopped": result.stopped,
+        "losses": last,
+    }
+    told = f"{facts['out']}: {config.method}, {facts['steps']} steps, {result.stopped}"
+    say(command.json, facts, f"{told}; {len(contents)} contents, {len(styles)} styles")
+    for name, reason in broken.items():
+        print(f"vitfeats: skipped '{name}': {reason}", file=sys.stderr)
+    return 0 if result.stopped == "done" else 1
+
+
+def _settings(command: Stylize) -> dict[str, Any]:
+    return {
+        "encoder": command.encoder,
+        "checkpoint": command.checkpoint,
+        "strength": command.strength,
+        "weights": command.weights or None,
+        "size": command.size,
+        "style_size": command.style_size,
+        "most": command.most or None,
+        "seed": command.seed,
+        "device": command.device,
+    }
+
+
+def _styles(command: Stylize) -> "list[Image.Image]":
+    """Open or draw the styles."""
+    from vitfeats import patterns
+    from vitfeats.preprocess import load_image, to_pil
+
+    names = command.style or (() if command.sample is None else (SAMPLE_STYLE,))
+    if not names:
+        raise ConfigError("expected --style FILE, or a pattern such as --style pattern:glass:3")
+    found = []
+    for name in names:
+        if not name.startswith(PATTERN):
+            found.append(to_pil(load_image(Path(name))))
+            continue
+        kind, _, seed = name.removeprefix(PATTERN).partition(":")
+        if seed and not seed.isdecimal():
+            raise ConfigError(f"expected a pattern as pattern:KIND:SEED, got '{name}'; for example pattern:glass:3")
+        found.append(patterns.draw(kind, 256, int(seed or 0)))
+    return found
+
+
+def _labels(path: Path) -> "np.ndarray":
+    """Return a picture's grey values as labels."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("L"))
+    except OSError as error:
+        raise ImageError(f"expected a picture of labels at '{path}', but: {error}") from error
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Return image files, and those in folders in the order of their names."""
+    from vitfeats.pictures import SUFFIXES
+
+    found = []
+    for path in paths:
+        inside = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+        if not inside:
+            raise ConfigError(f"expected pictures ({', '.join(SUFFIXES)}) in '{path}', got none")
+        found += sorted(inside)
+    return found
