@@ -34,6 +34,7 @@ NOSE = (267.0, 244.0)
 SHOWN = 60  # matches drawn of each matcher
 WITHIN = 16.0  # pixels from the truth that count as right
 INVERSION_STEPS = 300  # of each; about a minute on one core
+METHODS = (("adain", "AdaIN"), ("sanet", "SANet"), ("adaattn", "AdaAttN"))
 GREEN, RED = (40, 200, 80), (230, 40, 40)
 
 
@@ -317,6 +318,48 @@ def pretraining(_extractor: vf.Extractor) -> Image.Image:
     return vf.plot.curves([record for record in history if record["step"] % 25 == 24], PANELS)
 
 
+def styles(_extractor: vf.Extractor) -> Image.Image:
+    """Draw the same pairs by the three methods."""
+    panels = []
+    for content, style in (
+        (vf.samples.cat(), vf.patterns.draw("strokes", 256, seed=12)),
+        (vf.samples.astronaut(), vf.patterns.draw("waves", 256, seed=5)),
+        (vf.samples.coffee(), vf.samples.flower()),
+    ):
+        panels += [("content", content), ("style", style)]
+        panels += [(named, vf.stylize(content, style, method=method, size=256).image) for method, named in METHODS]
+    return sheet([(label, squared(picture)) for label, picture in panels], columns=5, width=240)
+
+
+def styles_regions(_extractor: vf.Extractor) -> Image.Image:
+    """Draw the cat in two styles: side by side, and blended."""
+    cat = vf.samples.cat()
+    pair = [vf.patterns.draw("glass", 256, seed=7), vf.patterns.draw("dots", 256, seed=3)]
+    left = torch.arange(cat.width).expand(cat.height, -1) < cat.width // 2
+    panels = [
+        ("regions", vf.stylize(cat, pair, masks=(left, [1, 0])).image),
+        ("blended", vf.stylize(cat, pair).image),
+        ("strength 0.5", vf.stylize(cat, pair[0], strength=0.5).image),
+    ]
+    return sheet(panels, columns=3, width=330)
+
+
+def style_losses(_extractor: vf.Extractor) -> Image.Image:
+    """Draw what the trainings of the bundled networks of style transfer were logged to do."""
+    panels = []
+    for method, named in METHODS:
+        lines = (bundled.ASSETS / f"{method}_vgg_mini.jsonl").read_text(encoding="utf-8").splitlines()
+        panels.append((named, vf.plot.losses([json.loads(line) for line in lines])))
+    return sheet(panels, columns=3, width=420)
+
+
+def squared(picture: Image.Image) -> Image.Image:
+    """Return the middle square of a picture."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
 PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     draw.__name__: draw
     for draw in (
@@ -342,6 +385,9 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         hyperfeatures,
         mixing,
         pretraining,
+        styles,
+        styles_regions,
+        style_losses,
     )
 }
 """Every picture by its name."""

@@ -19,7 +19,7 @@ ORDER = [
     ["api"],
 ]
 HELPERS = ["similarity", "pooling", "attention_maps", "pca", "matching", "losses", "plot"]
-AFTER = [["samples", "testing", "runs"], ["apps.evaluation"], ["apps"], ["cli"]]
+AFTER = [["samples", "patterns", "testing", "runs"], ["apps.evaluation"], ["apps"], ["cli"]]
 PACKAGES = ["__init__", "apps", "extractors", "models", "nets"]  # their __init__ holds nothing but a sentence
 TORCH_FREE = ["errors", "configs", "commands", "cli", "__init__"]
 HEAVY = {"torch", "torchvision", "timm", "transformers", "diffusers", "sklearn", "skimage", "matplotlib", "numpy"}

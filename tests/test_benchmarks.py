@@ -26,7 +26,7 @@ def module(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["log_binning", "matching"])
+@pytest.mark.parametrize("name", ["log_binning", "matching", "style"])
 def test_it_runs_on_small_numbers(name):
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--fast"],
@@ -64,6 +64,24 @@ def test_splice_measures_memory_in_processes_of_its_own(module):
         "memory of structure_loss, both ways: factored / matrix",
     ]
     assert all(row.ours.endswith(" MB") for row in rows)
+
+
+def test_style_leaves_out_a_peer_whose_matrix_does_not_fit(module, monkeypatch):
+    style = module("style")
+    monkeypatch.setattr(style, "_available", lambda: 2 * 4 * 12**4 - 1)
+    found, seconds = style._against_peer(48, 1, 1)
+    assert [row.peer for row in found] == ["does not fit (0.0 GB)"] * 2
+    assert [row.ratio for row in found] == ["–"] * 2
+    assert found[0].ours == f"{1e3 * seconds:.1f} ms"
+    assert found[1].ours.endswith(" MB")
+
+
+def test_style_wants_the_same_image_from_both(module, monkeypatch):
+    style: Any = module("style")
+    style._agree(48)
+    monkeypatch.setattr(style, "plain", lambda *args, **rest: (mean := style.adaattn.attend(*args, **rest), 0 * mean))
+    with pytest.raises(AssertionError, match="expected the same image of 48 px from both in float64"):
+        style._agree(48)
 
 
 def test_pairs_are_run_in_turns_and_compared(module):

@@ -48,6 +48,7 @@ __all__ = [
     "match_nearest",
     "match_ratio",
     "match_sinkhorn",
+    "patterns",
     "plot",
     "register_model",
     "saliency",
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from vitfeats import plot, samples
+    from vitfeats import patterns, plot, samples
     from vitfeats.api import extract, list_models, load_extractor, register_model, set_default_model
     from vitfeats.apps.evaluation import evaluate_pck
     from vitfeats.apps.inversion import invert
@@ -121,14 +122,7 @@ _HOME = {
     "vitfeats.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "vitfeats.extractors.base": ("Extractor",),
     "vitfeats.grid": ("Frame", "PatchGrid"),
-    "vitfeats.losses": (
-        "appearance_loss",
-        "content_loss",
-        "global_style_loss",
-        "identity_loss",
-        "local_style_loss",
-        "structure_loss",
-    ),
+    "vitfeats.losses": tuple(name for name in __all__ if name.endswith("_loss")),
     "vitfeats.matching": (
         "Matches",
         "correspond",
@@ -147,7 +141,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plot", "samples"):
+    if name in ("patterns", "plot", "samples"):
         return import_module(f"vitfeats.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'vitfeats' has no attribute {name!r}")

@@ -31,10 +31,12 @@ def _one(command: Stylize) -> int:
 
     image = images_of(command.images, command.sample)[0]
     styles = _styles(command)
-    methods: Sequence[Any] = command.method or ([None] if command.sample is None else STYLE_METHODS)
+    methods: Sequence[Any] = command.method or (STYLE_METHODS[:1] if command.sample is None else STYLE_METHODS)
     if command.checkpoint is not None and not command.method:
         methods = [None]
     masks = None
+    if command.mask is None and command.style_masks:
+        raise ConfigError("expected --mask, the labels of the content, with --style-masks")
     if command.mask is not None:
         if len(command.style_masks) != len(styles):
             raise ConfigError(f"expected --style-masks, one for each of {len(styles)} styles, with --mask")
@@ -56,7 +58,7 @@ def _each(command: Stylize) -> int:
 
     from vitfeats.apps.style_transfer import stylize_each
 
-    if command.mask is not None or len(command.method) > 1:
+    if command.mask is not None or command.style_masks or len(command.method) > 1:
         raise ConfigError("expected one image with --mask or several methods; of many images, one method and no mask")
     files = _files(command.images)
     folder = Path("styled") if command.out == Stylize.out else command.out

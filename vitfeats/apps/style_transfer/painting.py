@@ -1,5 +1,6 @@
 """Painting images in the style of others: stylize."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -144,11 +145,13 @@ def stylize_each(
         device: Where it runs.
 
     Raises:
-        ConfigError: If the batch size is below 1; and as :func:`stylize`.
+        ConfigError: If the batch size is below 1, or there is one image in place of several; and as :func:`stylize`.
         ImageError, ShapeError: At the image that does not do; those before its batch have been yielded.
     """
     if batch_size < 1:
         raise ConfigError(f"expected batch_size of at least 1, got {batch_size}")
+    if isinstance(contents, str | os.PathLike | Image.Image):
+        raise ConfigError("expected several images, got one; pass [image], or call stylize")
     loaded = _stylizer(method, stylizer, encoder, checkpoint, device)
     painter = _Painter(loaded, style, weights, None, style_size, most, seed)
     return _painted(iter(contents), painter, batch_size, strength, size)
@@ -196,6 +199,8 @@ class _Painter:
         short = min(loaded.shape[1:])
         if short < CELL:
             raise ShapeError(f"expected a style of at least {CELL}×{CELL} pixels, got {_told(loaded)}; enlarge it")
+        if size is not None and size < CELL:
+            raise ShapeError(f"expected a style_size of at least {CELL} pixels, got {size}")
         wanted = fit_size((loaded.shape[1], loaded.shape[2]), size or min(short, LARGEST_STYLE), CELL)
         labels = mask if mask is None or isinstance(mask, int) else _labels(mask, loaded, "the style")[None]
         pixels = resize_images(loaded[None].to(self.stylizer.device), wanted)
@@ -225,10 +230,12 @@ class _in_memory:  # noqa: N801 - a context manager, used as a function
         return None
 
     def __exit__(self, kind: Any, error: Any, _trace: Any) -> None:
-        if isinstance(error, Exception) and is_out_of_memory(error):
+        # The encoder has said it in its own words already, with other settings to lower.
+        reason = error.__cause__ if isinstance(error, ShapeError) else error
+        if isinstance(reason, Exception) and is_out_of_memory(reason):
             raise ShapeError(
                 f"expected images that fit in memory, got {self.what}; lower size=, style_size= or most="
-            ) from error
+            ) from reason
 
 
 def _stylizer(

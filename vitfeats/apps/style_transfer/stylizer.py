@@ -77,7 +77,7 @@ class Stylizer:
             content: In 0..1, each side at least 16 pixels.
             styles: Maps of :meth:`maps`, their weights and regions.
             strength: 0 to 1.
-            regions: Labels over the content.
+            regions: Labels over the content, in any resolution.
             most: Style positions looked at; None is all.
             generator: Of their draw.
 
@@ -94,7 +94,8 @@ class Stylizer:
         edges = (0, -width % CELL, 0, -height % CELL)
         labels = regions
         if regions is not None:
-            labels = F.pad(regions[:, None].float(), edges, mode="replicate")[:, 0].long()
+            labels = F.interpolate(regions[:, None].double(), (height, width), mode="nearest-exact")
+            labels = F.pad(labels, edges, mode="replicate")[:, 0].long()
         padded = F.pad(content.to(self.device), edges, mode="reflect")
         made = self.network(
             self.maps(padded), styles, strength=strength, regions=labels, most=most, generator=generator
@@ -147,10 +148,28 @@ def load_stylizer(
     return Stylizer(encoder, network.requires_grad_(False))
 
 
-@lru_cache(maxsize=3)
 def kept_stylizer(method: str | None, encoder: str | None, checkpoint: str | None, device: str) -> Stylizer:
-    """Return what :func:`load_stylizer` does; the last few are kept, so that a loop does not reload."""
+    """Return what :func:`load_stylizer` does; the last few are kept, so that a loop does not reload.
+
+    A file that has changed since is read again: a run may have trained further.
+    """
+    return _kept(method, encoder, checkpoint, device, _state_of(checkpoint))
+
+
+@lru_cache(maxsize=3)
+def _kept(
+    method: str | None, encoder: str | None, checkpoint: str | None, device: str, _state: tuple[tuple[int, ...], ...]
+) -> Stylizer:
     return load_stylizer(method, encoder=encoder, checkpoint=checkpoint, device=device_of(device))
+
+
+def _state_of(checkpoint: str | None) -> tuple[tuple[int, ...], ...]:
+    """Return what changes with a file, or with the files of a folder."""
+    if checkpoint is None:
+        return ()
+    path = Path(checkpoint)
+    found = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found)
 
 
 def channels_of(extractor: Extractor) -> tuple[int, ...]:

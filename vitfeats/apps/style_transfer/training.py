@@ -293,7 +293,7 @@ def _take(network: StyleNetwork, file: str) -> None:
     own = network.state_dict()
     found = {name: value for name, value in load_network(file).state_dict().items() if name in own}
     fitting = {name: value for name, value in found.items() if value.shape == own[name].shape}
-    if not fitting:
+    if all(value.ndim < 2 for value in fitting.values()):  # biases alone: that of the image fits always
         raise ConfigError(f"expected weights to begin with in '{file}', but none fits by name and shape")
     network.load_state_dict(own | fitting)
 
