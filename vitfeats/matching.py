@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitfeats.descriptor import Descriptor, Points
 from vitfeats.errors import ConfigError, MissingDependencyError, ShapeError
-from vitfeats.similarity import check_comparable, check_single, rows_at_a_time, similarity_blocks, unit
+from vitfeats.similarity import check_comparable, check_finite, check_single, rows_at_a_time, similarity_blocks, unit
 
 Refine = Literal["nearest", "soft", "window"]
 Backend = Literal["torch", "faiss"]
@@ -442,9 +442,7 @@ def _units(a: Descriptor, b: Descriptor) -> tuple[Float[Tensor, "n dim"], Float[
     """Return the tokens of two images as unit vectors without a graph; refuse NaN, to which nothing is nearest."""
     check_single(a, b)
     check_comparable(a, b)
-    for name, d in (("a", a), ("b", b)):
-        if not bool(d.features.detach().sum(dtype=torch.float64).isfinite()):
-            raise ShapeError(f"expected finite features, got NaN or infinity in {name} ({d.tap} of {d.model})")
+    check_finite(a, b)
     return unit(a.features[0].detach()), unit(b.features[0].detach())
 
 

@@ -101,6 +101,13 @@ def check_comparable(a: Descriptor, b: Descriptor) -> None:
         )
 
 
+def check_finite(a: Descriptor, b: Descriptor) -> None:
+    """Raise ``ShapeError`` if one has NaN or infinity, to which nothing is nearest."""
+    for name, d in (("a", a), ("b", b)):
+        if not bool(d.features.detach().sum(dtype=torch.float64).isfinite()):
+            raise ShapeError(f"expected finite features, got NaN or infinity in {name} ({d.tap} of {d.model})")
+
+
 def check_single(*descriptors: Descriptor) -> None:
     """Raise ``ShapeError`` unless each descriptor holds one image."""
     for d in descriptors:

@@ -365,8 +365,8 @@ def test_a_list_of_pairs_is_read(listed):
     path.write_text(json.dumps(records))
     first, second = read_pairs(path, path.parent)
     assert (first.image_a, first.image_b) == (path.parent / "a.png", path.parent / "b.png")
-    assert first.points_a.tolist() == [[1, 2], [3, 4.5]]
-    assert first.points_b.tolist() == [[5, 6], [7, 8]]
+    assert first.points_a.tolist() == [[1.5, 2.5], [3.5, 5.0]]  # the middles of the pixels
+    assert first.points_b.tolist() == [[5.5, 6.5], [7.5, 8.5]]
     assert (first.name, second.name) == ("a.png, b.png", "b.png, b.png")
 
 

@@ -39,10 +39,15 @@ DRAWN = {"cub": (layouts.write_cub, CUB200), "ap10k": (layouts.write_ap10k, AP10
 ALL = LISTED | DRAWN
 
 
-def assert_is(pair: Pair, truth: Truth, root: Path) -> None:
+def middles(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return the middles of the pixels that annotations name."""
+    return [[x + 0.5, y + 0.5] for x, y in points]
+
+
+def assert_is(pair: Pair, truth: Truth, root: Path, *, indices: bool = True) -> None:
     assert (pair.image_a, pair.image_b) == (root / truth.image_a, root / truth.image_b)
-    assert pair.points_a.tolist() == [list(p) for p in truth.points_a]
-    assert pair.points_b.tolist() == [list(p) for p in truth.points_b]
+    for found, annotated in ((pair.points_a, truth.points_a), (pair.points_b, truth.points_b)):
+        assert found.tolist() == (middles(annotated) if indices else [list(p) for p in annotated])
     assert (pair.category, pair.box_a, pair.box_b) == (truth.category, truth.box_a, truth.box_b)
     assert (None if pair.visible is None else pair.visible.tolist()) == truth.visible
 
@@ -79,7 +84,7 @@ def test_every_listed_pair_is_read_as_it_is_annotated(tmp_path, layout):
     assert len(reader) == len(truths)
     for _ in range(2):  # it can be iterated over twice
         for pair, truth in zip(reader, truths, strict=True):
-            assert_is(pair, truth, tmp_path)
+            assert_is(pair, truth, tmp_path, indices=layout != "pair_table")
 
 
 @pytest.mark.parametrize("layout", ALL)
@@ -181,7 +186,7 @@ def test_a_table_needs_six_columns_only(tmp_path):
     lines = ["yb,image_a,xa,ya,xb,image_b", *(f"{yb},0.png,{xa},{ya},{xb},1.png" for xa, ya, xb, yb in points)]
     layouts.write_text(tmp_path / "few.csv", lines)
     (pair,) = PairTable(tmp_path / "few.csv", tmp_path)
-    assert_is(pair, Truth("0.png", "1.png", truth.points_a, truth.points_b), tmp_path)
+    assert_is(pair, Truth("0.png", "1.png", truth.points_a, truth.points_b), tmp_path, indices=False)
 
 
 def test_a_list_of_ones_own_is_opened_by_its_suffix(tmp_path):
@@ -269,7 +274,7 @@ def test_points_of_datasets_that_count_from_one_are_moved_onto_the_edge(tmp_path
     edge = [[width + 1, height + 1], [0, 0], [width, height], [width + 0.5, 3.5]]
     edit_json(path, lambda records: records[0].update(source_points=edge))
     found = PairList(path, tmp_path)[0].points_a.tolist()
-    assert found == [[width, height], [0, 0], [width, height], [width, 3.5]]
+    assert found == [[width, height], [0.5, 0.5], [width, height], [width, 4.0]]
 
 
 @pytest.mark.parametrize("point", [[41.1, 3], [3, 31.1], [-0.1, 3], [3, -0.1], [30, 40], [1e300, 3], [3, 10**400]])
@@ -509,8 +514,8 @@ def test_a_drawn_pair_has_what_both_images_are_annotated_with(tmp_path, layout):
         both = sorted(a.points.keys() & b.points.keys())
         assert pair.image_a != pair.image_b
         assert a.category == b.category == pair.category
-        assert pair.points_a.tolist() == [list(a.points[part]) for part in both]
-        assert pair.points_b.tolist() == [list(b.points[part]) for part in both]
+        assert pair.points_a.tolist() == middles([a.points[part] for part in both])
+        assert pair.points_b.tolist() == middles([b.points[part] for part in both])
         assert (pair.box_a, pair.box_b) == (a.box, b.box)
         assert pair.visible.tolist() == [part not in a.hidden | b.hidden for part in both]
 

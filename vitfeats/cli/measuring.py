@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitfeats.cli.shared import extractor_of, make_folder, save_picture, say
 from vitfeats.commands import Eval
-from vitfeats.configs import PckProtocol
+from vitfeats.configs import ExtractorConfig, PckProtocol
 from vitfeats.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ def evaluate(command: Eval) -> int:
     """Measure PCK: of a table of models, or of one."""
     from vitfeats.apps.evaluation import evaluate_table, table_markdown
 
+    if command.table is not None:
+        _refuse_beside_table(command)
     rows = None if command.table is not None else _one_row(command)
     given = dict(_datasets(command))
     make_folder(command.out)
@@ -43,7 +45,9 @@ def evaluate(command: Eval) -> int:
         )
         done = [one.result for one in measured if one.result is not None]
         counted = f"{len(done[0].pairs):,} pairs, {done[0].points:,} points" if done else "nothing measured"
-        head = f"{_name(dataset)}: {counted}; protocol {command.protocol}, {rules.reference}, mean over {rules.mean}"
+        changed = ", the models' own sizes" if command.own_size else ""
+        told = f"{command.protocol}, {rules.reference}, mean over {rules.mean.replace('_', ', ')}{changed}"
+        head = f"{_name(dataset)}: {counted}; protocol {told}"
         text = f"{head}\n\n{table_markdown(measured)}"
         if len(done) == 1:
             text += f"\n\n{done[0].markdown()}"
@@ -53,6 +57,13 @@ def evaluate(command: Eval) -> int:
         _keep(folder, text, dataset, measured)
     say(command.json, {"protocol": command.protocol, "tables": facts}, "\n\n".join(texts))
     return 0 if all(row["pck"] for table in facts for row in table["rows"]) else 1
+
+
+def _refuse_beside_table(command: Eval) -> None:
+    """Refuse what the rows of a table settle themselves."""
+    usual = dataclasses.replace(command.options, device=ExtractorConfig.device, dtype=ExtractorConfig.dtype)
+    if command.tap or command.log_bin or usual != ExtractorConfig():
+        raise ConfigError("expected --device and --dtype alone with --table; its rows have models, taps and sizes")
 
 
 def _one_row(command: Eval) -> "list[EvalRow]":

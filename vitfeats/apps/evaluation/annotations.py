@@ -1,6 +1,7 @@
 """What readers of annotated pairs share: files with clear errors, the sizes of images, and the checks of a record."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -374,6 +375,11 @@ def as_point_list(values: Any, what: str, which: str) -> list[XY]:
     return [(x, y) for x, y in points]
 
 
+def digest_of(records: Any) -> str:
+    """Return a digest of plain values."""
+    return hashlib.sha1(repr(records).encode(errors="replace")).hexdigest()[:16]
+
+
 def box_around(points: Sequence[XY]) -> Box:
     """Return the smallest box around points, of which there is at least one."""
     left, top = (min(values) for values in zip(*points, strict=True))
@@ -390,6 +396,7 @@ def make_pair(
     category: str = "",
     boxes: tuple[Box | None, Box | None] = (None, None),
     visible: Sequence[bool] | None = None,
+    indices: bool = True,
 ) -> Pair:
     """Return a pair whose points lie inside its images.
 
@@ -404,6 +411,8 @@ def make_pair(
         category: What the images show.
         boxes: The object in image a, and in image b.
         visible: A boolean for each point.
+        indices: Whether points are indices of pixels, as in the published data sets, whose scripts read features at
+            them: the middle of pixel 0 is at 0.5.
 
     Raises:
         ShapeError: If the numbers of points differ, there is none, one lies outside its image, or a box is not from
@@ -411,7 +420,9 @@ def make_pair(
         ImageError: If the size of an image cannot be read.
     """
     try:
-        inside_a, inside_b = (_inside(own, image) for own, image in zip(points, images, strict=True))
+        inside_a, inside_b = (
+            _inside(own, image, 0.5 if indices else 0.0) for own, image in zip(points, images, strict=True)
+        )
         named = f"{images[0].name}, {images[1].name}" if name is None else name
         box_a, box_b = boxes
         return Pair(*(*images, inside_a, inside_b, named), category=category, box_a=box_a, box_b=box_b, visible=visible)
@@ -419,8 +430,8 @@ def make_pair(
         raise type(error)(f"{which}: {error}") from error
 
 
-def _inside(points: Sequence[XY], image: Path) -> Float[Tensor, "n 2"]:
-    """Return points, those up to a pixel beyond the right or the bottom edge moved onto it."""
+def _inside(points: Sequence[XY], image: Path, shift: float) -> Float[Tensor, "n 2"]:
+    """Return points, shifted; those up to a pixel beyond the right or the bottom edge are moved onto it."""
     height, width = size_of(image)
     for x, y in points:
         if not (0 <= x <= width + 1 and 0 <= y <= height + 1):
@@ -428,4 +439,4 @@ def _inside(points: Sequence[XY], image: Path) -> Float[Tensor, "n 2"]:
                 f"expected points (x, y) inside {image.name!r} of {width}×{height} pixels, got ({x:g}, {y:g}); "
                 "are x and y the wrong way round?"
             )
-    return torch.tensor([(min(x, width), min(y, height)) for x, y in points]).reshape(-1, 2)
+    return torch.tensor([(min(x + shift, width), min(y + shift, height)) for x, y in points]).reshape(-1, 2)

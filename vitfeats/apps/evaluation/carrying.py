@@ -11,7 +11,7 @@ from vitfeats.errors import ConfigError
 from vitfeats.grid import Frame, PatchGrid, Size, as_size, fit_size
 from vitfeats.matching import transfer_points
 from vitfeats.resize import sample_map
-from vitfeats.similarity import CHUNK_BYTES, check_comparable, check_single, similarity_blocks, unit
+from vitfeats.similarity import CHUNK_BYTES, check_comparable, check_finite, check_single, similarity_blocks, unit
 
 Enlarged = Literal["source", "network"] | int | Size
 
@@ -50,6 +50,7 @@ def carry_points(
     check_comparable(a, b)
     where = as_points(points, a.features)
     check_inside(where, a.frames[0])
+    check_finite(a, b)
     if predict == "cell":
         asked = a.features[0, a.grid.index_of(a.frames[0].to_network(where))]
         found = [block.argmax(1) for _, block in similarity_blocks(unit(asked), unit(b.features[0]))]

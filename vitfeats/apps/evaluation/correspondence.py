@@ -1,5 +1,6 @@
 """Semantic correspondence: PCK of a model's features, or of any other method, on pairs with known points."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from vitfeats.apps.evaluation.carrying import Enlarged, carry_points
 from vitfeats.apps.evaluation.datasets import Pair
-from vitfeats.apps.evaluation.describing import Describe, Transform, describe_with, fingerprint_of, keep_in
+from vitfeats.apps.evaluation.describing import Describe, Transform, code_digest, describe_with, fingerprint_of, keep_in
 from vitfeats.apps.evaluation.results import PairErrors, PckResult, read_errors
 from vitfeats.configs import PckProtocol, ProtocolName, plain_config
 from vitfeats.descriptor import write_whole
 from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
 from vitfeats.extractors.base import Extractor, Taps
+from vitfeats.grid import Size
 from vitfeats.preprocess import load_image
-from vitfeats.runs import HISTORY, RunFolder, check_same
+from vitfeats.runs import HISTORY, RunFolder, check_same, finite
 from vitfeats.views import numbered
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,6 +39,7 @@ def evaluate_pck(
     *,
     protocol: ProtocolName | PckProtocol = "spair",
     transform: Transform | None = None,
+    size: int | Size | None = None,
     subset: int | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -56,6 +59,8 @@ def evaluate_pck(
         protocol: A name, or every choice: ``PckProtocol.preset("dift", size=None)``.
         transform: From the descriptors of both images to those compared: ``lambda a, b: (vf.log_bin(a),
             vf.log_bin(b))``, or :func:`~vitfeats.apps.evaluation.joint_pca`.
+        size: What the extractor reads at, in place of the protocol's size: diffusion models read at their own, such as
+            (512, 512), also where a protocol has another.
         subset: How many of the pairs to measure, drawn at random; None is all.
         seed: Of that draw.
         name: What to call the method; None names the model and tap.
@@ -76,18 +81,20 @@ def evaluate_pck(
     """
     rules = PckProtocol.preset(protocol) if isinstance(protocol, str) else protocol
     if isinstance(extractor, Extractor):
-        sized = extractor if rules.size is None else extractor.resized(size=rules.size)
+        wanted = size or rules.size
+        sized = extractor if wanted is None else extractor.resized(size=wanted)
         describe = describe_with(sized, tap)
         fingerprint = fingerprint_of(sized, tap)
         told = name or f"{sized.card.name} {_told_taps(tap, sized.card.default_tap)}"
         if cache is not None:
-            describe = keep_in(cache, describe, fingerprint)
+            describe = keep_in(cache, describe, fingerprint, device=sized.device)
     else:
         if tap is not None or cache is not None:
             raise ConfigError("expected tap=None and no cache with a function, which reads as it does; see keep_in")
         describe, told = extractor, name or "features"
-        fingerprint = told
-    fingerprint += f" {getattr(transform, '__qualname__', transform)}"
+        fingerprint = code_digest(extractor)
+    if transform is not None:
+        fingerprint += f" {code_digest(transform)}"
 
     def method(image_a: Tensor, image_b: Tensor, points: Tensor) -> Tensor:
         a, b = describe(image_a), describe(image_b)
@@ -148,9 +155,10 @@ def evaluate_method(
     settings = {
         "format": _FORMAT,
         "method": name,
-        "fingerprint": fingerprint,
+        "fingerprint": hashlib.sha1(fingerprint.encode()).hexdigest()[:16],
         "dataset": told,
         "pairs": len(dataset),
+        "drawn": _drawn(dataset),
         "subset": subset,
         "seed": seed if subset is not None else None,
         # How points are judged may differ from run to run: the errors are the same.
@@ -159,15 +167,19 @@ def evaluate_method(
     folder = None if out is None else RunFolder(out)
     done = {} if folder is None else _begun(folder, settings, resume)
     bar = tqdm(total=len(chosen), initial=len(done), unit="pair", file=sys.stderr, disable=not progress, desc=name)
-    with bar:
-        for index in chosen:
-            if index in done:
-                continue
-            errors = _errors(method, dataset[index], index, rules)
-            done[index] = errors
-            if folder is not None:
-                folder.append({"step": index, **asdict(errors)})
-            bar.update()
+    try:
+        with bar:
+            for index in chosen:
+                if index in done:
+                    continue
+                errors = _errors(method, dataset[index], index, rules)
+                done[index] = errors
+                if folder is not None:
+                    folder.append(finite({"step": index, **asdict(errors)}))
+                bar.update()
+    except KeyboardInterrupt as interrupt:
+        how = "nothing was written: pass out=" if folder is None else f"go on with resume=True, --resume in '{out}'"
+        raise KeyboardInterrupt(f"interrupted after {len(done)} of {len(chosen)} pairs; {how}") from interrupt
     result = PckResult(name, told, rules, tuple(done[index] for index in chosen))
     if folder is not None:
         result.save(folder.path / RESULT)
@@ -235,6 +247,14 @@ _FORMAT = "vitfeats.pck-run/1"
 def _told_taps(taps: Taps | None, usual: str) -> str:
     several = [usual] if taps is None else [taps] if not isinstance(taps, Sequence) or isinstance(taps, str) else taps
     return " + ".join(map(str, several))
+
+
+def _drawn(dataset: Sequence[Pair]) -> str:
+    """Return what tells these pairs from others of the same name and number."""
+    if isinstance(dataset, list | tuple):
+        told = [(pair.name, pair.points_a.tolist(), pair.points_b.tolist()) for pair in dataset]
+        return hashlib.sha1(repr(told).encode()).hexdigest()[:16]
+    return str(getattr(dataset, "fingerprint", ""))
 
 
 def _chosen(pairs: int, subset: int | None, seed: int) -> list[int]:

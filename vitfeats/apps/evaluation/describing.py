@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -92,8 +94,8 @@ def fused(describes: Sequence[Describe], *, weights: Sequence[float] | None = No
 def joint_pca(dim: int = 256) -> Transform:
     """Return the transform to the first principal components of both images' tokens together.
 
-    As Zhang et al., A Tale of Two Features, NeurIPS 2023, reduce the maps of a diffusion model, without taking off the
-    mean. The signs do not matter to a cosine.
+    As Zhang et al., A Tale of Two Features, NeurIPS 2023, reduce the maps of a diffusion model: the mean of both images
+    is taken off. The signs do not matter to a cosine.
 
     Args:
         dim: Components; fewer where there are not as many channels or tokens.
@@ -109,16 +111,20 @@ def joint_pca(dim: int = 256) -> Transform:
         if a.dim != b.dim:
             raise ShapeError(f"expected descriptors with as many channels, got {a.dim} and {b.dim}")
         together = torch.cat([a.features[0], b.features[0]]).float()
+        mean = together.mean(0)
+        together = together - mean
         # From the channels' products: exact, and the same bits every time, which a randomised decomposition has not.
         _, basis = torch.linalg.eigh((together.T @ together).double())
         axes = basis[:, -min(dim, *together.shape) :].flip(1).to(together.dtype)
-        return _projected(a, axes), _projected(b, axes)
+        return _projected(a, mean, axes), _projected(b, mean, axes)
 
     transform.__qualname__ = f"joint_pca({dim})"  # a run with other components is another run
     return transform
 
 
-def keep_in(folder: Path | str, describe: Describe, fingerprint: str) -> Describe:
+def keep_in(
+    folder: Path | str, describe: Describe, fingerprint: str, *, device: torch.device | str = "cpu"
+) -> Describe:
     """Return the same function that writes each descriptor to a folder, and reads what is there already.
 
     A file is found by the image's pixels and the fingerprint, so that one folder can serve many datasets and models.
@@ -128,6 +134,7 @@ def keep_in(folder: Path | str, describe: Describe, fingerprint: str) -> Describ
         folder: Made if missing.
         describe: What makes descriptors.
         fingerprint: Of what it does: the same for the same features alone; see :func:`fingerprint_of`.
+        device: Where descriptors are returned, new ones and kept ones alike.
 
     Raises:
         StoreError: If the folder cannot be made, or later a file cannot be written.
@@ -143,24 +150,43 @@ def keep_in(folder: Path | str, describe: Describe, fingerprint: str) -> Describ
         file = home / f"{_digest(loaded)}.safetensors"
         if file.is_file():
             try:
-                return Descriptor.load(file)
+                return Descriptor.load(file).to(device)
             except StoreError:  # of a disk that was full, or another version: made again below
                 pass
         found = describe(loaded)
         found.save(file)
-        return found
+        return found.to(device)
 
     return remembered
 
 
 def fingerprint_of(extractor: Extractor, taps: Taps | None) -> str:
-    """Return a text that is the same for the same features: the model, a sample of its weights, settings and taps."""
-    known = {"class", "card", "preprocess", "autocast", "norm", "norm_qk", "rope", "frugal", "diffusion", "cell"}
-    settings = {name: repr(getattr(extractor, name)) for name in sorted(known) if hasattr(extractor, name)}
+    """Return a text that is the same for the same features: the version, the model, its weights, settings and taps.
+
+    Of the weights, a sample of each counts.
+    """
+    known = ("anatomy", "autocast", "card", "cell", "diffusion", "frugal", "norm", "norm_qk", "preprocess", "rope")
+    settings = {name: repr(getattr(extractor, name)) for name in known if hasattr(extractor, name)}
+    settings["version"] = version("vitfeats")
     alone = taps is None or isinstance(taps, str | Tap)
     # A list of one tap is joined, and has tokens of length 1: not the same as the tap.
     asked = str(taps or extractor.card.default_tap) if alone else [str(tap) for tap in taps]
     return json.dumps([type(extractor).__name__, settings, asked, weights_digest(extractor.model)])
+
+
+def code_digest(function: Callable[..., Any]) -> str:
+    """Return a text that differs where a function's name, code, or the plain values that it closes over differ."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    code = getattr(function, "__code__", None)
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    told = [_told_code(code), *(value for value in held if isinstance(value, str | int | float | tuple))]
+    return f"{name} {hashlib.sha1(repr(told).encode()).hexdigest()[:16]}"
+
+
+def _told_code(code: Any) -> Any:
+    if not isinstance(code, CodeType):
+        return repr(code)
+    return code.co_code.hex(), code.co_names, [_told_code(value) for value in code.co_consts]
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -178,6 +204,6 @@ def _digest(image: Tensor) -> str:
     return hashlib.sha1(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
 
 
-def _projected(d: Descriptor, axes: Tensor) -> Descriptor:
+def _projected(d: Descriptor, mean: Tensor, axes: Tensor) -> Descriptor:
     changed: dict[str, Any] = {"cls": None, "registers": None, "heads": None}
-    return replace(d, features=(d.features[0].float() @ axes)[None], **changed)
+    return replace(d, features=((d.features[0].float() - mean) @ axes)[None], **changed)

@@ -15,6 +15,7 @@ from vitfeats.apps.evaluation.annotations import (
     as_numbers,
     as_sized_box,
     as_text,
+    digest_of,
     existing,
     make_pair,
     read_json,
@@ -90,6 +91,7 @@ class DrawnPairs(PairReader):
         order = torch.randperm(len(possible), generator=generator)[:pairs].tolist()
         turned = torch.randint(2, (len(possible),), generator=generator).tolist()
         self.drawn = [possible[place][::-1] if turned[place] else possible[place] for place in order]
+        self.fingerprint = digest_of(self.drawn)
 
     def __len__(self) -> int:
         """Return the number of pairs."""

@@ -1,6 +1,7 @@
 """PCK: the percentage of correct keypoints."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from vitfeats.descriptor import Points, as_points
 from vitfeats.errors import ConfigError, ShapeError
 
 _SLACK = 1e-6
+
+D = TypeVar("D", float, Tensor)
 
 
 def pck(
@@ -58,8 +61,8 @@ def pck(
     return float(within(distance, alpha * max(reference), strict=strict).double().mean())
 
 
-def within(distance: Tensor, reach: float, *, strict: bool = False) -> Tensor:
-    """Return which distances are at most ``reach``, or with ``strict`` less: booleans of the same shape.
+def within(distance: D, reach: float, *, strict: bool = False) -> D:
+    """Return which distances are at most ``reach``, or with ``strict`` less: a boolean, or booleans of the same shape.
 
     With a slack far below any pixel, a millionth of the reach: a point exactly at the threshold must not fall to either
     side by rounding (0.29 · 100 is 28.999999999999996, and 10.1 − 0.1 is more than 10 in float32).

@@ -14,6 +14,7 @@ from vitfeats.apps.evaluation.annotations import (
     as_point_list,
     as_text,
     box_around,
+    digest_of,
     existing,
     make_pair,
     read_json,
@@ -30,7 +31,6 @@ _SPLITS = {"train": "trn", "trn": "trn", "val": "val", "test": "test"}
 _ROOT = "is root= the dataset's folder?"
 _IMAGES = "is images= its folder?"
 _COORDINATES = ("xa", "ya", "xb", "yb")
-_AXES = [[f"{axis}{number}" for number in range(1, 11)] for axis in ("XA", "YA", "XB", "YB")]  # of PF-WILLOW
 # The order of PASCAL VOC; the pair lists of PF-PASCAL count from 1.
 _VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -220,8 +220,8 @@ class PFWillow(PairReader):
 class PairList(PairReader):
     """Pairs in the JSON of Diffusion Hyperfeatures (Luo et al., 2023), and of one's own lists.
 
-    An array of objects with ``source_path``, ``target_path``, ``source_points`` and ``target_points`` ((x, y) in pixels
-    of the images), and, where they are known, ``category`` and the boxes ``source_bounding_box`` and
+    An array of objects with ``source_path``, ``target_path``, ``source_points`` and ``target_points`` ((x, y), indices
+    of pixels), and, where they are known, ``category`` and the boxes ``source_bounding_box`` and
     ``target_bounding_box``, (x0, y0, x1, y1). Other keys are left alone.
 
     Attributes:
@@ -244,6 +244,7 @@ class PairList(PairReader):
         if not isinstance(self._records, list) or not self._records:
             got = "an empty one" if self._records == [] else type(self._records).__name__
             raise StoreError(f"expected a JSON array of pairs in '{path}', got {got}")
+        self.fingerprint = digest_of(self._records)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -269,7 +270,7 @@ class PairList(PairReader):
 
 
 class PairTable(PairReader):
-    """Pairs of one's own in CSV, a row for each point.
+    """Pairs of one's own in CSV, a row for each point, in pixels from the image's corner: pixel 0 reaches from 0 to 1.
 
     The header names the columns, in any order: ``image_a``, ``image_b``, ``xa``, ``ya``, ``xb`` and ``yb``, and, where
     they are known, ``category``, ``visible`` (1 or 0: whether the point can be seen in both images), ``box_a`` and
@@ -295,6 +296,7 @@ class PairTable(PairReader):
         self.name, self._images = path.name, Path(images)
         rows = read_table(path, "a table of points", ("image_a", "image_b", *_COORDINATES))
         self._pairs = [list(same) for _, same in groupby(rows, lambda row: (row[1]["image_a"], row[1]["image_b"]))]
+        self.fingerprint = digest_of(rows)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -318,6 +320,7 @@ class PairTable(PairReader):
             category=first.get("category", ""),
             boxes=(box_a, box_b),
             visible=[_as_flag(row["visible"], line) for line, row in rows] if "visible" in first else None,
+            indices=False,
         )
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from vitfeats.apps.evaluation.pck import within
 from vitfeats.configs import MEANS, PckProtocol, plain_config
 from vitfeats.configs.evaluation import Mean
@@ -68,8 +66,8 @@ class PairErrors:
     def hits(self, protocol: PckProtocol, threshold: float | None = None) -> list[bool]:
         """Return which of the points that count are correct, at a threshold of the protocol or another."""
         share = protocol.thresholds[0] if threshold is None else threshold
-        distances = torch.tensor(self.counted(protocol), dtype=torch.float64)
-        return within(distances, share * self.side(protocol), strict=protocol.strict).tolist()
+        reach = share * self.side(protocol)
+        return [bool(within(distance, reach, strict=protocol.strict)) for distance in self.counted(protocol)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +100,18 @@ class PckResult:
             **changes: Any of the five, in place of the protocol's.
 
         Raises:
-            ConfigError: If another choice is to be changed, which would need a new run.
+            ConfigError: If another choice is to be changed, which would need a new run, or a pair has no box to
+                measure by.
         """
         judging = ("reference", "thresholds", "strict", "mean", "visible_only")
         other = [name for name in changes if name not in judging]
         if other:
             raise ConfigError(f"expected changes of {', '.join(judging)}, got '{other[0]}', which needs a new run")
         taken = {} if protocol is None else {name: getattr(protocol, name) for name in judging}
-        return replace(self, protocol=replace(self.protocol, **(taken | changes)))
+        judged = replace(self, protocol=replace(self.protocol, **(taken | changes)))
+        for pair in self.pairs:
+            pair.side(judged.protocol)  # a pair without a box is refused here, and not by whoever asks for a number
+        return judged
 
     @property
     def points(self) -> int:
@@ -183,7 +185,7 @@ class PckResult:
             "name": self.name,
             "dataset": self.dataset,
             "protocol": plain_config(self.protocol),
-            "counted": {"pairs": len(self.ranked()), "points": self.points},
+            "counted": {"pairs": sum(map(bool, map(self._counted, self.pairs))), "points": self.points},
             "pck": {f"{threshold:g}": self.every_mean(threshold) for threshold in self.protocol.thresholds},
             "by_category": self.by_category(),
             "histogram": [{"from": low, "to": high, "points": n} for (low, high), n in self.histogram().items()],
@@ -232,6 +234,9 @@ class PckResult:
                 rows.append([name or "–", *counts, percent(row["image"]), percent(row["keypoint"])])
             tables.append(as_table(rows))
         return "\n\n".join(tables)
+
+    def _counted(self, pair: PairErrors) -> tuple[float, ...]:
+        return pair.counted(self.protocol)
 
     def _hits(self, threshold: float | None) -> dict[str, list[list[bool]]]:
         """Return for each category the hits of its pairs; pairs without a point that counts are left out."""
