@@ -16,6 +16,7 @@ from families import build
 import vitfeats as vf
 from vitfeats import api
 from vitfeats.extractors.vit import Anatomy
+from vitfeats.grid import Frame
 
 
 @pytest.fixture
@@ -655,3 +656,67 @@ def test_a_compiled_module_keeps_its_name(photo):
     compiled = torch.compile(build("timm-augreg"), backend="eager")
     d = vf.load_extractor(compiled)(photo, "key@1")
     assert d.model == "VisionTransformer"
+
+
+# Pixels as they are ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    return vf.load_extractor("vgg_mini", device="cpu")
+
+
+def test_pixels_are_described_as_they_are(vgg):
+    pixels = torch.rand(2, 3, 48, 80)
+    found = vgg.describe(pixels, ["out@relu1_1", vf.Tap("out", "relu4_1")])
+    assert list(map(str, found)) == ["out@relu1_1", "out@relu4_1"]
+    with torch.no_grad():
+        seen = vgg.preprocess.normalise(pixels)
+        for name, layer in vgg.model.named_children():
+            seen = layer(seen)
+            if name in ("relu1_1", "relu4_1"):
+                assert torch.equal(found[f"out@{name}"].map, seen)
+    assert found["out@relu4_1"].frames == (Frame((48, 80), (48, 80)),) * 2
+    assert found["out@relu4_1"].model == "vgg_mini"
+    # The same as a call at that size, and no matter at which size the extractor is.
+    called = vgg.resized(size=(48, 80))(pixels, "out@relu4_1")
+    assert torch.equal(called.features, found["out@relu4_1"].features)
+
+
+def test_pixels_of_a_transformer_are_described_too(mini):
+    pixels = torch.rand(1, 3, 64, 96)
+    found = mini.describe(pixels, ["key@11"])["key@11"]
+    assert (found.grid.rows, found.grid.cols) == (4, 6)
+    assert torch.equal(found.features, mini.resized(size=(64, 96))(pixels, "key@11").features)
+
+
+def test_pixels_beyond_those_of_an_image_are_taken(vgg):
+    pixels = torch.rand(1, 3, 32, 32) * 4 - 2
+    found = vgg.describe(pixels, ["out@relu1_1"])["out@relu1_1"].map
+    convolved = vgg.model.conv1_1(vgg.preprocess.normalise(pixels)).relu()
+    assert torch.equal(found, convolved)
+    assert not torch.allclose(found, vgg.describe(pixels.clamp(0, 1), ["out@relu1_1"])["out@relu1_1"].map)
+
+
+def test_gradients_reach_pixels_that_require_them(vgg):
+    pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
+    vgg.describe(pixels, ["out@relu5_1"])["out@relu5_1"].features.sum().backward()
+    assert pixels.grad is not None
+    assert float(pixels.grad.abs().sum()) > 0
+    assert all(p.grad is None for p in vgg.model.parameters())
+    assert not vgg.describe(pixels.detach(), ["out@relu1_1"])["out@relu1_1"].features.requires_grad
+    with torch.no_grad():
+        assert not vgg.describe(pixels, ["out@relu1_1"])["out@relu1_1"].features.requires_grad
+
+
+def test_pixels_and_taps_that_do_not_do(vgg, mini):
+    for size in ((40, 64), (64, 33), (8, 64)):
+        with pytest.raises(
+            vf.ShapeError, match=rf"at least one patch \(16\) plus whole strides \(16\), got \({size[0]}, "
+        ):
+            mini.describe(torch.rand(1, 3, *size), ["key@1"])
+    with pytest.raises(vf.ConfigError, match="expected at least one tap, got none"):
+        vgg.describe(torch.rand(1, 3, 32, 32), [])
+    with pytest.raises(vf.TapError, match="expected a layer of vgg_mini, got 'relu9_1'"):
+        vgg.describe(torch.rand(1, 3, 32, 32), ["out@relu9_1"])
+    assert not any(len(m._forward_hooks) for m in vgg.model.modules())

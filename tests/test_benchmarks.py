@@ -74,6 +74,8 @@ def test_style_leaves_out_a_peer_whose_matrix_does_not_fit(module, monkeypatch):
     assert [row.ratio for row in found] == ["–"] * 2
     assert found[0].ours == f"{1e3 * seconds:.1f} ms"
     assert found[1].ours.endswith(" MB")
+    monkeypatch.setattr(style, "ONCE", 48)
+    assert style._fewer(48, 20, seconds, 1).peer == found[0].ours, "all positions are not run a second time"
 
 
 def test_style_wants_the_same_image_from_both(module, monkeypatch):

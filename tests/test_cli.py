@@ -12,9 +12,13 @@ from PIL import Image
 
 import vitfeats as vf
 from vitfeats import cli
+from vitfeats.apps import style_transfer
+from vitfeats.apps.style_transfer import stylize, stylizer
 from vitfeats.cli import entry
 from vitfeats.commands import Models
 from vitfeats.descriptor import Descriptor
+from vitfeats.models.stylizers import pack
+from vitfeats.nets.stylizing import NETWORKS
 
 SMALL = ["--size", "112", "--device", "cpu"]
 
@@ -431,6 +435,260 @@ def test_hyperfeatures_of_another_model_are_refused(capsys, tmp_path, images):
     assert code == 1
     assert "ConfigError: expected a model of hyperfeatures, got 'mini'; for example hyperfeatures:sd15" in err
     assert not (tmp_path / "out").exists()
+
+
+# style transfer -------------------------------------------------------------------------------------------------------
+
+STYLIZER_SETTINGS = "widths: [4, 4, 4]\ninner: 4\nsize: 32\nload: 32\nbatch: 2\nmost: 8\nsteps: 2\n"
+
+
+@pytest.fixture
+def stylizers(tmp_path, monkeypatch):
+    """A folder with a random network of each method, in place of those that come with the package."""
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    for method, kind in NETWORKS.items():
+        network = kind((32, 64, 128, 256, 256), (8, 8, 8), 4, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            network.decoder.convs[-1].bias.fill_(0.5)
+        pack(network, folder / f"{method}_vgg_mini.safetensors", encoder="vgg_mini")
+    monkeypatch.setattr(stylizer, "ASSETS", folder)
+    return folder
+
+
+@pytest.fixture
+def frames(tmp_path, stylizers):
+    """A folder with three frames and one broken file."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, name in enumerate(("c.png", "a.jpg", "b.PNG")):
+        coarse = np.random.default_rng(number).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((48, 33), Image.Resampling.BICUBIC).save(folder / name)
+    (folder / "bb.png").write_text("not an image")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def painted(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert np.asarray(picture).std() > 1
+        return np.asarray(picture)
+
+
+def test_stylize_paints_an_image_in_styles_of_files_and_patterns(capsys, tmp_path, images, stylizers):
+    out, quick = tmp_path / "a.png", ("--size", 40, "--device", "cpu")
+    code, said, _ = run(capsys, "stylize", images[0], "--style", images[1], "--out", out, *quick)
+    assert (code, said) == (0, f"{out}: 60×40 pixels\n")
+    wanted = stylize(images[0], images[1], size=40, device="cpu")
+    assert np.array_equal(painted(out), np.asarray(wanted.image))
+    code, said, _ = run(
+        *(capsys, "stylize", images[0], "--style", images[1], "pattern:glass:3", "--weights", 1, 2, "--out", out),
+        *("--method", "sanet", "--strength", 0.5, "--most", 20, "--seed", 2, "--style-size", 48, "--json", *quick),
+    )
+    assert (code, json.loads(said)) == (0, {"out": str(out), "methods": ["sanet"]})
+    styles = [images[1], vf.patterns.draw("glass", 256, 3)]
+    settings = {"weights": [1.0, 2.0], "strength": 0.5, "most": 20, "seed": 2, "style_size": 48, "size": 40}
+    wanted = stylize(images[0], styles, method="sanet", device="cpu", **settings)
+    assert np.array_equal(painted(out), np.asarray(wanted.image))
+
+
+def test_stylize_says_which_method_it_took(capsys, tmp_path, images, stylizers):
+    given = ("stylize", images[0], "--style", "pattern:dots", "--size", 32, "--device", "cpu", "--json")
+    code, said, _ = run(capsys, *given, "--out", tmp_path / "a.png")
+    assert (code, json.loads(said)["methods"]) == (0, ["adaattn"])
+    file = stylizers / "adain_vgg_mini.safetensors"
+    code, said, _ = run(capsys, *given, "--out", tmp_path / "b.png", "--checkpoint", file)
+    assert (code, json.loads(said)["methods"]) == (0, ["of the checkpoint"])
+    wanted = stylize(images[0], vf.patterns.draw("dots", 256, 0), method="adain", size=32, device="cpu")
+    assert np.array_equal(painted(tmp_path / "b.png"), np.asarray(wanted.image))
+
+
+def test_stylize_draws_several_methods_side_by_side(capsys, tmp_path, images, stylizers):
+    out = tmp_path / "a.png"
+    given = ("--style", "pattern:glass:3", "--size", 32, "--style-size", 48, "--most", 50, "--device", "cpu", "--json")
+    code, said, _ = run(capsys, "stylize", images[0], *given, "--method", "adain", "sanet", "--out", out)
+    assert (code, json.loads(said)["methods"]) == (0, ["adain", "sanet"])
+    is_picture(out)
+    code, said, _ = run(capsys, "stylize", "--sample", "cat", *given[2:], "--out", out)
+    assert (code, json.loads(said)["methods"]) == (0, ["adaattn", "sanet", "adain"])
+    is_picture(out)
+
+
+def test_stylize_paints_regions_in_styles_of_their_own(capsys, tmp_path, images, stylizers):
+    labels = np.zeros((100, 150), np.uint8)
+    labels[:, 75:] = 255
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    for name, grey in (("black", 0), ("white", 255)):
+        Image.new("L", (256, 256), grey).save(tmp_path / f"{name}.png")
+    patterns = ("pattern:glass:3", "pattern:dots:1")
+    given = ["stylize", images[0], "--style", *patterns, "--method", "adain", "--size", 48, "--device", "cpu"]
+    masks = ("--style-masks", tmp_path / "black.png", tmp_path / "white.png")
+    code, _, _ = run(capsys, *given, "--mask", tmp_path / "mask.png", *masks, "--out", tmp_path / "a.png")
+    assert code == 0
+    styles = [vf.patterns.draw("glass", 256, 3), vf.patterns.draw("dots", 256, 1)]
+    wanted = stylize(images[0], styles, method="adain", size=48, masks=(labels, [0, 255]), device="cpu")
+    assert np.array_equal(painted(tmp_path / "a.png"), np.asarray(wanted.image))
+    for wrong, message in (
+        (["--mask", tmp_path / "mask.png"], "ConfigError: expected --style-masks, one for each of 2 styles, with --ma"),
+        (["--mask", tmp_path / "mask.png", *masks[:2]], "ConfigError: expected --style-masks, one for each of 2 styl"),
+        (masks, "ConfigError: expected --mask, the labels of the content, with --style-masks"),
+        (["--mask", tmp_path / "none.png", *masks], "ImageError: expected a picture of labels at"),
+        (["--mask", tmp_path / "black.png", *masks], "ShapeError: expected a mask of the content as labels (height, w"),
+    ):
+        code, _, err = run(capsys, *given, *wrong, "--out", tmp_path / "b.png")
+        assert code == 1
+        assert message in err
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_stylize_paints_a_folder_of_frames_but_for_broken_ones(capsys, tmp_path, frames):
+    out = tmp_path / "new" / "painted"
+    given = ["stylize", frames, "--style", "pattern:weave:1", "--style-size", 32, "--device", "cpu", "--out", out]
+    code, said, err = run(capsys, *given, "--batch-size", 2)
+    assert (code, said) == (1, f"3 pictures in {out}\n")
+    assert str(frames / "bb.png") in err
+    assert "is not one that Pillow can read" in err
+    assert {path.name for path in out.iterdir()} == {"a.png", "b.png", "c.png"}
+    style = vf.patterns.draw("weave", 256, 1)
+    for source in ("a.jpg", "b.PNG", "c.png"):
+        wanted = np.asarray(stylize(frames / source, style, style_size=32, device="cpu").image).astype(int)
+        found = painted(out / f"{source.partition('.')[0]}.png")
+        assert np.abs(found - wanted).max() <= 1, source  # a batch rounds otherwise
+
+    (out / "b.png").unlink()
+    before = (out / "a.png").stat().st_mtime_ns
+    code, said, err = run(capsys, *given, "--resume", "--json")
+    assert code == 1
+    facts = json.loads(said)
+    assert list(facts.pop("failed")) == [str(frames / "bb.png")]
+    assert facts == {"out": str(out), "painted": 1, "skipped": 2}
+    assert (out / "a.png").stat().st_mtime_ns == before
+    assert (out / "b.png").is_file()
+    (frames / "bb.png").unlink()
+    code, said, err = run(capsys, *given, "--resume", "--json")
+    assert (code, json.loads(said)["painted"], json.loads(said)["skipped"]) == (0, 0, 3)
+
+
+def test_stylize_paints_files_and_folders_of_one_call_into_a_folder(capsys, tmp_path, frames, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ("--style", "pattern:weave:1", "--style-size", 32, "--device", "cpu", "--method", "adain", "--json")
+    (frames / "bb.png").unlink()
+    (tmp_path / "d.png").write_bytes((frames / "c.png").read_bytes())
+    code, said, _ = run(capsys, "stylize", frames, "d.png", *given)
+    assert (code, json.loads(said)["out"]) == (0, "styled")
+    assert {path.name for path in (tmp_path / "styled").iterdir()} == {"a.png", "b.png", "c.png", "d.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one.png"], "ConfigError: expected --style FILE, or a pattern such as --style pattern:glass:3"),
+        (["frames"], "ConfigError: expected --style FILE, or a pattern such as --style pattern:glass:3"),
+        (["one.png", "--style", "pattern:glas:3"], "ConfigError: expected a kind of pattern, got 'glas'. Did you mean"),
+        (["one.png", "--style", "pattern:"], "ConfigError: expected a kind of pattern, got ''. Known: dots"),
+        (["one.png", "--style", "pattern:glass:x"], "ConfigError: expected a pattern as pattern:KIND:SEED, got 'patte"),
+        (["one.png", "--style", "pattern:glass:-1"], "ConfigError: expected a pattern as pattern:KIND:SEED, got 'patt"),
+        (["one.png", "--style", "none.png"], "ImageError: expected an image file, but there is none at"),
+        (["--style", "pattern:glass"], "ConfigError: expected image files or --sample NAME, one of the two"),
+        (["none.png", "--style", "pattern:glass"], "ImageError: expected an image file, but there is none at"),
+        (["one.png", "--style", "pattern:glass", "--size", "8"], "ShapeError: expected a size of at least 16 pixels"),
+        (["one.png", "--style", "pattern:glass", "--strength", "2"], "ConfigError: expected a strength in 0..1, got 2"),
+        (
+            ["one.png", "--style", "pattern:glass", "--weights", "1", "2"],
+            "ConfigError: expected a weight for each of 1",
+        ),
+        (["one.png", "--style", "pattern:glass", "--checkpoint", "a.pth"], "WeightsUnavailableError: expected the wei"),
+        (["one.png", "--style", "pattern:glass", "--encoder", "mini"], "ConfigError: expected checkpoint= with a net"),
+        (["one.png", "--style", "pattern:glass", "--out", "a.x"], "ConfigError: expected a picture file that can be"),
+        (["empty", "--style", "pattern:glass"], "ConfigError: expected pictures (.jpg, .jpeg, .png"),
+        (["twins", "--style", "pattern:glass"], "ConfigError: expected images whose names differ in more than the su"),
+        (["frames", "--style", "pattern:glass", "--mask", "one.png"], "ConfigError: expected one image with --mask or"),
+        (["frames", "--style", "pattern:glass", "--style-masks", "one.png"], "ConfigError: expected one image with"),
+        (["frames", "--style", "pattern:glass", "--method", "adain", "sanet"], "ConfigError: expected one image with"),
+        (["frames", "--style", "pattern:glass", "--batch-size", "0"], "ConfigError: expected batch_size of at least 1"),
+    ],
+)
+def test_what_stylize_cannot_do_is_said_in_one_line(capsys, tmp_path, frames, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.png").write_bytes((frames / "c.png").read_bytes())
+    for name in ("empty", "twins"):
+        (tmp_path / name).mkdir()
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "twins" / name)
+    code, said, err = run(capsys, "stylize", *arguments, "--device", "cpu")
+    assert (code, said) == (1, "")
+    assert f"vitfeats: {message}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "styled.png").exists()
+    assert not (tmp_path / "styled").exists()
+
+
+def test_a_stylizer_is_trained_resumed_and_paints(capsys, tmp_path, pictures, images):
+    (pictures / "more" / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "settings.yaml").write_text(STYLIZER_SETTINGS)
+    out = tmp_path / "run"
+    settings = [
+        *("train-stylizer", "--content", pictures, "--style", pictures / "more", "--out", out, "--method", "adain"),
+        *("--config", tmp_path / "settings.yaml", "--held-out", tmp_path / "held_out.txt", "--device", "cpu"),
+    ]
+    code, said, err = run(capsys, *settings)
+    file = out / "stylizer.safetensors"
+    assert (code, said) == (0, f"{file}: adain, 2 steps, done; 3 contents, 2 styles\n")
+    assert "vitfeats: skipped 'more/broken.png': " in err
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    before = file.read_bytes()
+    code, said, _ = run(capsys, *settings, "--resume", "--json")
+    facts = json.loads(said)
+    assert code == 0
+    assert set(facts.pop("failed")) == {"more/broken.png", "broken.png"}
+    assert facts.pop("losses") == history[1]
+    assert facts == {
+        "method": "adain", "out": str(file), "contents": 3, "styles": 2, "steps": 2, "stopped": "done"
+    }  # fmt: skip
+    assert file.read_bytes() == before
+    code, _, err = run(capsys, *settings, "--resume", "--steps", 3)
+    assert code == 1
+    assert "these differ: steps: 2 there, 3 here" in err
+    code, _, err = run(capsys, *settings)
+    assert code == 1
+    assert "ConfigError: expected a folder without a run" in err
+    code, said, _ = run(
+        *(capsys, "stylize", images[0], "--style", "pattern:dots", "--style-size", 48, "--size", 32),
+        *("--checkpoint", file, "--device", "cpu", "--out", tmp_path / "a.png"),
+    )
+    assert (code, said) == (0, f"{tmp_path / 'a.png'}: 48×32 pixels\n")
+
+
+def test_a_stylizer_is_trained_without_a_folder_of_styles(capsys, tmp_path, pictures, monkeypatch):
+    usual = style_transfer.usual_styles
+    monkeypatch.setattr(
+        style_transfer, "usual_styles", lambda given, size: usual(given, patterns_of=2, colourful=3, size=size)
+    )
+    (tmp_path / "settings.yaml").write_text(STYLIZER_SETTINGS)
+    settings = ("--config", tmp_path / "settings.yaml", "--device", "cpu", "--steps", 1, "--json")
+    code, said, _ = run(capsys, "train-stylizer", "--content", pictures, "--out", tmp_path / "run", *settings)
+    facts = json.loads(said)
+    assert (code, facts["method"], facts["contents"], facts["styles"], facts["steps"]) == (0, "adaattn", 4, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--content", "empty"], "ConfigError: expected pictures (.jpg, "),
+        (["--content", "none"], "StoreError: expected a folder or a tar file of pictures at"),
+        (["--content", "pictures", "--style", "empty"], "ConfigError: expected pictures (.jpg, "),
+        (["--content", "pictures", "--held-out", "none.txt"], "StoreError: expected a list of names, one a line, at"),
+        (["--content", "pictures", "--config", "chain.yaml"], "ConfigError: expected settings of TrainStylizerConfig"),
+        (["--content", "pictures", "--style", "pictures", "--steps", "0"], "ConfigError: expected steps of at least 1"),
+    ],
+)
+def test_what_no_stylizer_can_be_trained_with(capsys, tmp_path, pictures, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, said, err = run(capsys, "train-stylizer", *arguments, "--device", "cpu")
+    assert (code, said) == (1, "")
+    assert f"vitfeats: {message}" in err
+    assert not (tmp_path / "stylizer").exists()
 
 
 # models ---------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from vitfeats.configs import (
     INVERT_PRESETS,
     PCK_PROTOCOLS,
     SPLICE_PRESETS,
+    STYLE_METHODS,
     ExtractorConfig,
     InvertConfig,
     PckProtocol,
     SpliceConfig,
+    TrainStylizerConfig,
     plain_config,
     read_config,
     write_config,
@@ -24,6 +26,7 @@ from vitfeats.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("as_a_user")
 
 PRESETS = [(SpliceConfig, name) for name in SPLICE_PRESETS] + [(InvertConfig, name) for name in INVERT_PRESETS]
+PRESETS += [(TrainStylizerConfig, name) for name in STYLE_METHODS]
 
 
 @pytest.fixture
@@ -206,6 +209,76 @@ def test_numbers_that_no_run_could_use_are_refused(changes, message):
 def test_an_inversion_refuses_them_too(changes, message):
     with pytest.raises(ConfigError, match=message):
         InvertConfig(**changes)
+
+
+def test_training_of_style_transfer_has_the_published_numbers():
+    none = dict.fromkeys(("content", "style", "local", "identity"), 0)
+    published = {
+        "adaattn": none | {"style": 10, "local": 3, "style_levels": (2, 3, 4, 5), "lr": 1e-4 * 2, "batch": 8},
+        "sanet": none | {"content": 1, "style": 3, "identity": 50, "style_levels": (1, 2, 3, 4, 5), "batch": 5},
+        "adain": none | {"content": 1, "style": 10, "style_levels": (1, 2, 3, 4), "lr": 1e-4, "batch": 8},
+    }
+    assert tuple(published) == STYLE_METHODS
+    for name, numbers in published.items():
+        config = TrainStylizerConfig.preset(name)
+        assert config.method == name
+        assert {setting: getattr(config, setting) for setting in numbers} == numbers
+        assert (config.size, config.load, config.most, config.warmup, config.clip) == (256, 512, 4096, 0, 0)
+        assert (config.widths, config.inner, config.encoder, config.start) == (None, None, "vgg_mini", "")
+    assert TrainStylizerConfig() == TrainStylizerConfig.preset() == TrainStylizerConfig.preset("adaattn")
+
+
+def test_widths_and_levels_may_be_lists():
+    config = TrainStylizerConfig(widths=[4, 5, 6], style_levels=[1, 2])
+    assert (config.widths, config.style_levels) == ((4, 5, 6), (1, 2))
+    assert hash(config) == hash(TrainStylizerConfig(widths=(4, 5, 6), style_levels=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "wct"}, "expected method 'adaattn', 'sanet' or 'adain', got 'wct'"),
+        ({"schedule": "linear"}, "expected schedule 'constant' or 'cosine', got 'linear'"),
+        ({"size": 16}, "expected size of at least 32, got 16"),
+        ({"size": 40}, "expected a size that is a multiple of 16, got 40"),
+        ({"load": 0}, "expected load of at least 1, got 0"),
+        ({"load": 255}, "expected load of at least the size 256, got 255"),
+        ({"steps": 0}, "expected steps of at least 1, got 0"),
+        ({"batch": 0}, "expected batch of at least 1, got 0"),
+        ({"most": 0}, "expected most of at least 1, got 0"),
+        ({"inner": 0}, "expected inner of at least 1, got 0"),
+        ({"widths": (4, 4)}, r"expected three widths of at least 1, got \(4, 4\)"),
+        ({"widths": [4, 4, 0]}, r"expected three widths of at least 1, got \(4, 4, 0\)"),
+        ({"style_levels": ()}, r"expected style_levels from 1 to 5, got \(\)"),
+        ({"style_levels": (0, 1)}, r"expected style_levels from 1 to 5, got \(0, 1\)"),
+        ({"style_levels": [6]}, r"expected style_levels from 1 to 5, got \(6,\)"),
+        ({"crop": 0.0}, "expected a crop above 0, got 0"),
+        ({"crop": 1.5}, "expected crop of at least 0 and at most 1, got 1.5"),
+        ({"lr": float("nan")}, "expected lr of at least 0, got nan"),
+        ({"warmup": -1}, "expected warmup of at least 0, got -1"),
+        ({"clip": -1.0}, "expected clip of at least 0, got -1.0"),
+        ({"local": -0.5}, "expected local of at least 0, got -0.5"),
+        ({"identity": -1.0}, "expected identity of at least 0, got -1.0"),
+        ({"content": float("nan")}, "expected content of at least 0, got nan"),
+        ({"checkpoint_every": -1}, "expected checkpoint_every of at least 0, got -1"),
+        ({"snapshot_every": -1}, "expected snapshot_every of at least 0, got -1"),
+        ({"style": 0.0, "local": 0.0}, "expected a loss with a weight above 0, got none"),
+    ],
+)
+def test_a_training_of_style_transfer_refuses_them_too(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainStylizerConfig(**changes)
+
+
+def test_methods_and_settings_of_style_transfer_offer_the_nearest(file):
+    with pytest.raises(ConfigError, match="expected a preset, got 'sannet'. Did you mean 'sanet'"):
+        TrainStylizerConfig.preset("sannet")
+    with pytest.raises(
+        ConfigError, match="expected a setting of TrainStylizerConfig, got 'stile'. Did you mean 'style'"
+    ):
+        TrainStylizerConfig.preset("adain", stile=1.0)
+    with pytest.raises(ConfigError, match="but: settings: .*expected a size that is a multiple of 16, got 40"):
+        read_config(file("size: 40"), TrainStylizerConfig)
 
 
 def test_the_protocols_of_pck_are_the_published_ones():

@@ -1,5 +1,6 @@
 """The folder, history, interrupt and logger of a run."""
 
+import io
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from PIL import Image
 from vitfeats import runs
 from vitfeats.configs import SpliceConfig, read_config
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError
-from vitfeats.runs import RunFolder, check_same, deferred_interrupt, scheduled, tensorboard
+from vitfeats.runs import RunFolder, check_same, deferred_interrupt, encoded, save_image, scheduled, tensorboard
 
 STATE = {"format": "vitfeats.test/1", "step": 3, "weights": {"a": torch.arange(4.0)}, "none": None, "texts": ["a", "b"]}
 
@@ -127,6 +128,54 @@ def test_pictures_and_settings_are_written(tmp_path):
     config = SpliceConfig.preset("reference", steps=7)
     assert folder.write_config(config)
     assert read_config(tmp_path / "config.yaml", SpliceConfig) == config
+
+
+@pytest.fixture
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP"), ("a.b.bmp", "BMP"), ("plain", "PNG")],
+)
+def test_a_picture_is_in_the_format_of_its_name(noise, tmp_path, name, kind):
+    assert save_image(noise, str(tmp_path / name)) == tmp_path / name
+    assert (tmp_path / name).read_bytes() == encoded(noise, name)
+    with Image.open(tmp_path / name) as found:
+        assert (found.format, found.size) == (kind, noise.size)
+        if kind in ("PNG", "BMP"):
+            assert np.array_equal(np.asarray(found), np.asarray(noise))
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing temporary is left"
+
+
+def test_a_jpeg_has_a_quality_of_92(noise):
+    wanted = io.BytesIO()
+    noise.save(wanted, "JPEG", quality=92)
+    assert encoded(noise, "a.jpg") == wanted.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.nonsense", "a.txt", "a.3"])
+def test_a_picture_under_another_suffix_is_refused(noise, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"a picture file that can be written, such as out.png, got '{name}'"):
+        save_image(noise, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(noise, tmp_path, monkeypatch):
+    save_image(Image.new("RGB", (3, 3)), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StoreError, match="expected to write '.*a.png', but: no space left"):
+            save_image(noise, tmp_path / "a.png")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": before}
+    with pytest.raises(StoreError, match="expected to write '.*missing/a.png', but: .*No such file"):
+        save_image(noise, tmp_path / "missing" / "a.png")
 
 
 def test_check_same_names_all_that_differs():

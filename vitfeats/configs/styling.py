@@ -21,7 +21,7 @@ class TrainStylizerConfig:
         encoder: Model whose maps relu1_1 to relu5_1 it works on; it is not trained.
         widths: Channels of the decoder at the sizes of relu1_1, relu2_1 and relu3_1. Default: those of the encoder.
         inner: Channels that attention compares. Default: all of them, as published.
-        size: Side of the crops in pixels, a multiple of 16.
+        size: Side of the crops in pixels, a multiple of 16, 32 at least.
         load: Shorter side that pictures are brought to before they are cropped.
         crop: Smallest side of a crop, as a share of the picture's shorter side; crops are brought to `size`.
         steps: Optimiser steps.
@@ -74,7 +74,8 @@ class TrainStylizerConfig:
         """Refuse numbers that no run could use."""
         one_of(self, "method", *STYLE_METHODS)
         one_of(self, "schedule", "constant", "cosine")
-        require(self, 1, "size", "load", "steps", "batch", "most", *(["inner"] if self.inner is not None else []))
+        require(self, 32, "size")
+        require(self, 1, "load", "steps", "batch", "most", *(["inner"] if self.inner is not None else []))
         weights = ("content", "style", "local", "identity")
         require(self, 0, "warmup", "lr", "clip", *weights, "checkpoint_every", "snapshot_every")
         require(self, 0, "crop", most=1)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitfeats.apps.style_transfer.stylizer import CELL, Stylizer, kept_stylizer, load_stylizer
+from vitfeats.apps.style_transfer.stylizer import CELL, SHORTEST, Stylizer, kept_stylizer, load_stylizer
 from vitfeats.configs import StyleMethod
 from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.extractors.base import Extractor
@@ -86,8 +86,8 @@ def stylize(
         masks: Labels over the content, and for each style labels over it, or one label for all of it: each region of
             the content takes its style from the regions of the same label, or from everywhere where there are none.
         size: Shorter side that the content is brought to; None is its own, which any is.
-        style_size: Shorter side that styles are brought to; None is their own, 512 at most. It sets the scale of the
-            strokes.
+        style_size: Shorter side that styles are brought to, 32 at least; None is their own, from 32 to 512. It sets the
+            scale of the strokes.
         most: Positions of each style that attention looks at, drawn at random, as published; None is all of them.
         seed: Of that draw.
         device: Where it runs.
@@ -199,9 +199,10 @@ class _Painter:
         short = min(loaded.shape[1:])
         if short < CELL:
             raise ShapeError(f"expected a style of at least {CELL}×{CELL} pixels, got {_told(loaded)}; enlarge it")
-        if size is not None and size < CELL:
-            raise ShapeError(f"expected a style_size of at least {CELL} pixels, got {size}")
-        wanted = fit_size((loaded.shape[1], loaded.shape[2]), size or min(short, LARGEST_STYLE), CELL)
+        if size is not None and size < SHORTEST:
+            raise ShapeError(f"expected a style_size of at least {SHORTEST} pixels, got {size}")
+        own = max(SHORTEST, min(short, LARGEST_STYLE))
+        wanted = fit_size((loaded.shape[1], loaded.shape[2]), size or own, CELL)
         labels = mask if mask is None or isinstance(mask, int) else _labels(mask, loaded, "the style")[None]
         pixels = resize_images(loaded[None].to(self.stylizer.device), wanted)
         with torch.no_grad(), _in_memory(f"a style of {wanted[0]}×{wanted[1]} pixels"):
@@ -264,7 +265,7 @@ def _sized(image: Float[Tensor, "3 height width"], size: int | None) -> Float[Te
 
 def _labels(mask: Any, image: Tensor, what: str) -> Tensor:
     """Return a mask as whole numbers, if it is one of the image's size."""
-    labels = torch.as_tensor(np.asarray(mask)) if not isinstance(mask, Tensor) else mask
+    labels = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))  # a copy: some are read-only
     if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != tuple(image.shape[1:]):
         raise ShapeError(
             f"expected a mask of {what} as labels (height, width) of its size {_told(image)}, booleans or whole "

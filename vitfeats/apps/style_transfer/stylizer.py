@@ -5,7 +5,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,6 +24,9 @@ BUNDLED = "vgg_mini"
 
 CELL = 16
 """Pixels of a side of the coarsest cells: sides are padded to whole numbers of them."""
+
+SHORTEST = 2 * CELL
+"""Pixels of the shortest side that an encoder reads: a map of one cell has no edge that can be mirrored."""
 
 
 class Stylizer:
@@ -67,7 +69,7 @@ class Stylizer:
         styles: Sequence[Style],
         *,
         strength: float = 1.0,
-        regions: Int[Tensor, "_ height width"] | None = None,
+        regions: Int[Tensor, "_ _ _"] | None = None,
         most: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
@@ -91,12 +93,15 @@ class Stylizer:
                 f"expected a content of at least {CELL}×{CELL} pixels, the stride of {self.extractor.card.name}, got "
                 f"{height}×{width}; enlarge it, or pass size="
             )
-        edges = (0, -width % CELL, 0, -height % CELL)
+        rows, cols = _mirrored(height), _mirrored(width)
         labels = regions
         if regions is not None:
-            labels = F.interpolate(regions[:, None].double(), (height, width), mode="nearest-exact")
-            labels = F.pad(labels, edges, mode="replicate")[:, 0].long()
-        padded = F.pad(content.to(self.device), edges, mode="reflect")
+            down, right = (
+                (at * count + count // 2) // side
+                for at, count, side in ((rows, regions.shape[1], height), (cols, regions.shape[2], width))
+            )
+            labels = regions[:, down][:, :, right]
+        padded = content[:, :, rows][:, :, :, cols].to(self.device)
         made = self.network(
             self.maps(padded), styles, strength=strength, regions=labels, most=most, generator=generator
         )
@@ -187,6 +192,12 @@ def channels_of(extractor: Extractor) -> tuple[int, ...]:
     blank = torch.zeros(1, 3, 2 * CELL, 2 * CELL, device=extractor.device)
     with torch.no_grad():
         return tuple(d.dim for d in extractor.describe(blank, TAPS).values())
+
+
+def _mirrored(side: int) -> Int[Tensor, " padded"]:
+    """Return which pixel of a side stands at each of as many as the encoder takes."""
+    at = torch.arange(max(SHORTEST, side + -side % CELL)) % (2 * side - 2)
+    return side - 1 - (side - 1 - at).abs()
 
 
 def _beside(file: Path, name: str) -> Path | None:
