@@ -12,7 +12,7 @@ import torch
 
 import vitfeats as vf
 from vitfeats.apps.evaluation import Row, WarpedImages, raw_patches, stereo_table, warp_table
-from vitfeats.apps.evaluation.tables import Describe, describe_with
+from vitfeats.apps.evaluation.describing import Describe, describe_with
 from vitfeats.models import bundled
 
 SIZE, STRIDE = 448, 8

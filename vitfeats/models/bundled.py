@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from vitfeats.card import ModelCard
@@ -49,7 +50,8 @@ CARDS = (
 def load(card: ModelCard, checkpoint: str | None = None) -> nn.Module:
     """Build the network of a row and load its weights, or those of ``checkpoint``."""
     file = checkpoint or str(ASSETS / card.source.partition(":")[2])
-    model = SmallVgg().eval() if card.layers else build()
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+        model = SmallVgg().eval() if card.layers else build()
     load_state(model, read_checkpoint(file), file)
     return model
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -190,7 +189,7 @@ class WarpedImages(Sequence[Pair]):
         if points < 2:
             raise ConfigError(f"expected points of at least 2, got {points}")
         self.images, self.seed, self._side = found, seed, points
-        told = [str(image) if isinstance(image, str | Path) else np.shape(image) for image in found]
+        told = [getattr(image, "shape", None) or getattr(image, "size", None) or str(image) for image in found]
         self.fingerprint = hashlib.sha1(repr((seed, points, told)).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:

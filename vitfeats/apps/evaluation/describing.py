@@ -168,9 +168,12 @@ def fingerprint_of(extractor: Extractor, taps: Taps | None) -> str:
     known = ("anatomy", "autocast", "card", "cell", "diffusion", "frugal", "norm", "norm_qk", "preprocess", "rope")
     settings = {name: repr(getattr(extractor, name)) for name in known if hasattr(extractor, name)}
     settings["version"] = version("vitfeats")
-    alone = taps is None or isinstance(taps, str | Tap)
     # A list of one tap is joined, and has tokens of length 1: not the same as the tap.
-    asked = str(taps or extractor.card.default_tap) if alone else [str(tap) for tap in taps]
+    asked: str | list[str]
+    if taps is None or isinstance(taps, str | Tap):
+        asked = str(taps or extractor.card.default_tap)
+    else:
+        asked = [str(tap) for tap in taps]
     return json.dumps([type(extractor).__name__, settings, asked, weights_digest(extractor.model)])
 
 
