@@ -492,6 +492,17 @@ def test_stylize_paints_an_image_in_styles_of_files_and_patterns(capsys, tmp_pat
     assert np.array_equal(painted(out), np.asarray(wanted.image))
 
 
+def test_stylize_brings_colours_to_those_of_style_or_content(capsys, tmp_path, images, stylizers):
+    given = ("stylize", images[0], "--style", images[1], "--size", 40, "--device", "cpu", "--out", tmp_path / "a.png")
+    made = stylize(images[0], images[1], size=40, device="cpu")
+    for colours, of in (("style", images[1]), ("content", images[0])):
+        assert run(capsys, *given, "--colours", colours)[0] == 0
+        assert np.array_equal(painted(tmp_path / "a.png"), np.asarray(made.recoloured(of).image))
+    code, _, err = run(capsys, *given, "--colours", "style", "--style", "pattern:dots", "pattern:glass")
+    assert code == 1
+    assert "expected one style with --colours style, got 2" in err
+
+
 def test_stylize_says_which_method_it_took(capsys, tmp_path, images, stylizers):
     given = ("stylize", images[0], "--style", "pattern:dots", "--size", 32, "--device", "cpu", "--json")
     code, said, _ = run(capsys, *given, "--out", tmp_path / "a.png")

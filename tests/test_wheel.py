@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STYLIZERS = ("adaattn_vgg_mini", "sanet_vgg_mini", "adain_vgg_mini")
 
 
 @pytest.mark.slow
@@ -17,7 +18,7 @@ def test_the_wheel_has_all_that_runs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         inside = {info.filename: info.file_size for info in opened.infolist()}
-    for name in ("mini", "vgg_mini", "ddpm_mini", "ddpm_mini_aggregation"):
+    for name in ("mini", "vgg_mini", "ddpm_mini", "ddpm_mini_aggregation", *STYLIZERS):
         weights = Path("vitfeats") / "assets" / f"{name}.safetensors"
         assert inside[str(weights)] == (ROOT / weights).stat().st_size
     assert inside["vitfeats/assets/README.md"] > 500

@@ -177,6 +177,7 @@ class Stylize:
         method: adaattn, sanet, adain; several are drawn side by side. Default: adaattn, or what the checkpoint holds;
             with a sample, all three.
         strength: 0 to 1: how far to go from the content to the style.
+        colours: Bring the colours of the result to those of the style, or of the content.
         mask: Picture of the content's size whose grey values are labels of regions.
         style_masks: For each style the same; each region is painted in the style's regions of its label.
         size: Shorter side in pixels that contents are brought to; default their own.
@@ -198,6 +199,7 @@ class Stylize:
     weights: tuple[float, ...] = ()
     method: tuple[StyleMethod, ...] = ()
     strength: float = 1.0
+    colours: Literal["network", "style", "content"] = "network"
     mask: Path | None = None
     style_masks: tuple[Path, ...] = ()
     size: int | None = None

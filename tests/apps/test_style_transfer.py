@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import vitfeats as vf
 from vitfeats import patterns, samples
+from vitfeats.apps.evaluation import match_colours
 from vitfeats.apps.style_transfer import (
     Stylized,
     Stylizer,
@@ -656,3 +657,12 @@ def test_colourfulness_is_chroma_and_spread():
     both[8:] = (0, 255, 0)
     assert colourfulness(both) > colourfulness(red) > colourfulness(red // 2 + 64) > colourfulness(grey)
     assert load_image(both).shape == (3, 16, 16)
+
+
+def test_a_result_takes_the_colours_of_another_image(painter):
+    made = stylize(CONTENT, STYLE, stylizer=painter)
+    for wanted in (CONTENT, STYLE):
+        found = made.recoloured(wanted)
+        assert found.tensor.shape == made.tensor.shape
+        assert torch.equal(found.tensor, match_colours(made.tensor, wanted))
+    assert not torch.equal(made.recoloured(CONTENT).tensor, made.recoloured(STYLE).tensor)

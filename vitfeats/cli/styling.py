@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from vitfeats.apps.style_transfer import Stylized
+
 PATTERN = "pattern:"
 SAMPLE_STYLE = f"{PATTERN}strokes:12"  # what samples are painted in
 
@@ -41,7 +43,10 @@ def _one(command: Stylize) -> int:
         if len(command.style_masks) != len(styles):
             raise ConfigError(f"expected --style-masks, one for each of {len(styles)} styles, with --mask")
         masks = (_labels(command.mask), [_labels(path) for path in command.style_masks])
-    made = [stylize(image, styles, method=method, masks=masks, **_settings(command)) for method in methods]
+    made = [
+        _recoloured(command, stylize(image, styles, method=method, masks=masks, **_settings(command)), image, styles)
+        for method in methods
+    ]
     if len(made) == 1:
         made[0].save(command.out)
     else:
@@ -68,9 +73,10 @@ def _each(command: Stylize) -> int:
     left = [path for path in files if not (command.resume and targets[path].is_file())]
     broken: dict[str, str] = {}
     whole: list[Path] = []
+    styles = _styles(command)
     painted = stylize_each(
         readable(left, whole, broken),
-        _styles(command),
+        styles,
         method=command.method[0] if command.method else None,
         batch_size=command.batch_size,
         **_settings(command),
@@ -78,7 +84,7 @@ def _each(command: Stylize) -> int:
     make_folder(folder)
     with tqdm(total=len(left), unit="image", file=sys.stderr, disable=command.json) as bar:
         for number, one in enumerate(painted):
-            one.save(targets[whole[number]])
+            _recoloured(command, one, whole[number], styles).save(targets[whole[number]])
             bar.update(len(broken) + number + 1 - bar.n)
     facts = {"out": str(folder), "painted": len(whole), "skipped": len(files) - len(left), "failed": broken}
     say(command.json, facts, f"{len(whole)} pictures in {folder}")
@@ -144,6 +150,15 @@ def _settings(command: Stylize) -> dict[str, Any]:
         "seed": command.seed,
         "device": command.device,
     }
+
+
+def _recoloured(command: Stylize, made: "Stylized", content: Any, styles: "list[Image.Image]") -> "Stylized":
+    """Return a picture in the colours that were asked for."""
+    if command.colours == "network":
+        return made
+    if command.colours == "style" and len(styles) > 1:
+        raise ConfigError(f"expected one style with --colours style, got {len(styles)}")
+    return made.recoloured(styles[0] if command.colours == "style" else content)
 
 
 def _styles(command: Stylize) -> "list[Image.Image]":

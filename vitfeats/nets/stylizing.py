@@ -324,3 +324,7 @@ def _draw(network: StyleNetwork, generator: torch.Generator | None) -> None:
     for module in network.modules():
         if isinstance(module, AdaAttN | SANet):
             module.g.load_state_dict(module.f.state_dict())
+        elif isinstance(module, AttentionPair | SANetPair):
+            # The mean of the maps that are added, two or, with the content beside what it attends to, four: what is
+            # decoded has the scale of one map, whatever the method.
+            module.merge_conv.weight.data /= 2 if isinstance(module, AttentionPair) else 4

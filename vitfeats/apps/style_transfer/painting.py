@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vitfeats.apps.evaluation.colours import match_colours
 from vitfeats.apps.style_transfer.stylizer import CELL, SHORTEST, Stylizer, kept_stylizer, load_stylizer
 from vitfeats.configs import StyleMethod
 from vitfeats.errors import ConfigError, ShapeError
@@ -44,6 +45,17 @@ class Stylized:
     def image(self) -> Image.Image:
         """The picture as a PIL image."""
         return to_pil(self.tensor)
+
+    def recoloured(self, image: ImageLike) -> "Stylized":
+        """Return the picture with the mean and deviation of another image's colours, in CIELAB.
+
+        The content's keep its colours (Gatys et al., Preserving Color in Neural Artistic Style Transfer, 2016, by
+        luminance or histograms); the style's help where a network met them roughly.
+
+        Raises:
+            ImageError: If the image cannot be read.
+        """
+        return Stylized(match_colours(self.tensor, image))
 
     def save(self, path: Path | str) -> Path:
         """Write the picture, whole or not at all; return the path.
@@ -203,7 +215,9 @@ class _Painter:
             raise ShapeError(f"expected a style_size of at least {SHORTEST} pixels, got {size}")
         own = max(SHORTEST, min(short, LARGEST_STYLE))
         wanted = fit_size((loaded.shape[1], loaded.shape[2]), size or own, CELL)
-        labels = mask if mask is None or isinstance(mask, int) else _labels(mask, loaded, "the style")[None]
+        labels: Tensor | int | None = mask
+        if mask is not None:  # True is the label 1
+            labels = int(mask) if isinstance(mask, int) else _labels(mask, loaded, "the style")[None]
         pixels = resize_images(loaded[None].to(self.stylizer.device), wanted)
         with torch.no_grad(), _in_memory(f"a style of {wanted[0]}×{wanted[1]} pixels"):
             return Style(self.stylizer.maps(pixels), float(weight), labels)
