@@ -322,9 +322,9 @@ def styles(_extractor: vf.Extractor) -> Image.Image:
     """Draw the same pairs by the three methods."""
     panels = []
     for content, style in (
-        (vf.samples.cat(), vf.patterns.draw("strokes", 256, seed=12)),
-        (vf.samples.astronaut(), vf.patterns.draw("waves", 256, seed=5)),
-        (vf.samples.coffee(), vf.samples.flower()),
+        (vf.samples.cat(), vf.patterns.draw("strokes", 256, seed=105)),
+        (vf.samples.coffee(), vf.patterns.draw("glass", 256, seed=107)),
+        (vf.samples.astronaut(), vf.samples.flower()),
     ):
         panels += [("content", content), ("style", style)]
         panels += [(named, vf.stylize(content, style, method=method, size=256).image) for method, named in METHODS]
@@ -334,12 +334,12 @@ def styles(_extractor: vf.Extractor) -> Image.Image:
 def styles_regions(_extractor: vf.Extractor) -> Image.Image:
     """Draw the cat in two styles: side by side, and blended."""
     cat = vf.samples.cat()
-    pair = [vf.patterns.draw("glass", 256, seed=7), vf.patterns.draw("dots", 256, seed=3)]
+    pair = [vf.patterns.draw("strokes", 256, seed=105), vf.patterns.draw("mosaic", 256, seed=102)]
     left = torch.arange(cat.width).expand(cat.height, -1) < cat.width // 2
     panels = [
         ("regions", vf.stylize(cat, pair, masks=(left, [1, 0])).image),
         ("blended", vf.stylize(cat, pair).image),
-        ("strength 0.5", vf.stylize(cat, pair[0], strength=0.5).image),
+        ("the colours of the cat", vf.stylize(cat, pair[0]).recoloured(cat).image),
     ]
     return sheet(panels, columns=3, width=330)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vitfeats.apps.style_transfer import Stylized
 
 PATTERN = "pattern:"
-SAMPLE_STYLE = f"{PATTERN}strokes:12"  # what samples are painted in
+SAMPLE_STYLE = f"{PATTERN}strokes:105"  # what samples are painted in
 
 
 def run_stylize(command: Stylize) -> int:
