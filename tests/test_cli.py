@@ -503,6 +503,21 @@ def test_stylize_brings_colours_to_those_of_style_or_content(capsys, tmp_path, i
     assert "expected one style with --colours style, got 2" in err
 
 
+def test_stylize_leaves_out_frames_that_are_too_small_and_paints_over_none(capsys, tmp_path, frames):
+    (frames / "bb.png").unlink()
+    Image.new("RGB", (12, 40)).save(frames / "bb.png")
+    given = ("stylize", frames, "--style", "pattern:dots", "--style-size", 32, "--device", "cpu", "--out")
+    code, said, err = run(capsys, *given, tmp_path / "painted", "--batch-size", 2)
+    assert (code, said) == (1, f"3 pictures in {tmp_path / 'painted'}\n")
+    assert f"expected at least 16×16 pixels, got '{frames / 'bb.png'}'; pass --size" in err
+    code, _, err = run(capsys, *given, frames)
+    assert code == 1
+    assert "expected --out to be another folder than that of the images" in err
+    code, _, err = run(capsys, *given, tmp_path / "painted", "--sample", "cat")
+    assert code == 1
+    assert "expected image files or --sample NAME, one of the two" in err
+
+
 def test_stylize_says_which_method_it_took(capsys, tmp_path, images, stylizers):
     given = ("stylize", images[0], "--style", "pattern:dots", "--size", 32, "--device", "cpu", "--json")
     code, said, _ = run(capsys, *given, "--out", tmp_path / "a.png")
@@ -787,3 +802,16 @@ def test_as_a_module_with_its_exit_code():
     )
     assert ran.returncode == 2
     assert not ran.stdout
+
+
+def test_one_method_is_trained_the_one_of_the_file_or_of_the_flag(capsys, tmp_path, pictures):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("method: sanet\nwidths: [4, 4, 4]\ninner: 4\nsize: 32\nload: 32\nbatch: 2\nsteps: 1\n")
+    given = ("train-stylizer", "--content", pictures, "--style", pictures, "--config", settings, "--device", "cpu")
+    code, said, _ = run(capsys, *given, "--out", tmp_path / "out", "--json")
+    facts = json.loads(said)
+    assert (code, facts["method"]) == (0, "sanet")
+    assert {"content", "style", "identity"} <= set(facts["losses"])  # the published losses of that method
+    code, _, err = run(capsys, *given, "--out", tmp_path / "other", "--method", "adain")
+    assert code == 1
+    assert f"expected one method, got --method adain and 'sanet' in '{settings}'" in err

@@ -340,7 +340,7 @@ class TrainStylizer:
         style: The same, of styles. Without it: drawn patterns, textures, and the most colourful of the contents.
         out: Folder for the history, checkpoints, pictures of results and stylizer.safetensors (made if missing).
         held_out: Text file with the names of contents not to learn from, as paths without suffix.
-        method: Which network; its settings are the published ones.
+        method: Which network, with its published settings. Default: the one of the file, or adaattn.
         config: Settings in YAML, in place of those.
         steps: Optimiser steps, in place of the settings'.
         seed: Of first weights, crops and draws.
@@ -353,7 +353,7 @@ class TrainStylizer:
     style: Path | None = None
     out: Path = Path("stylizer")
     held_out: Path | None = None
-    method: StyleMethod = "adaattn"
+    method: StyleMethod | None = None
     config: Path | None = None
     steps: int | None = None
     seed: int = 0

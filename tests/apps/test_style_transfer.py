@@ -470,7 +470,7 @@ def test_a_stylizer_comes_alone(painters, settings):
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_memory_that_runs_out_says_what_to_lower(painters, monkeypatch, kind):
     painter = painters["adaattn"]
-    advice = "lower size=, style_size= or most="
+    advice = "lower size=, style_size=, most= or batch_size="
 
     def full(*_arguments, **_settings):
         raise kind("CUDA out of memory")
@@ -575,14 +575,21 @@ def test_the_published_encoder_is_looked_for_beside_its_networks(assets, monkeyp
     folder = assets / "published"
     folder.mkdir()
     pack(network_of("adain"), folder / "own.safetensors", encoder="vgg_normalised")
-    for there in (False, True):
-        if there:
-            (folder / "vgg_normalised.pth").touch()
-        load_stylizer(checkpoint=folder / "own.safetensors", device="cpu")
-        wanted = folder / "vgg_normalised.pth" if there else None
-        assert asked.pop() == ("vgg_normalised", {"device": "cpu", "checkpoint": wanted})
-    load_stylizer(encoder="vgg_mini", checkpoint=folder / "own.safetensors", device="cpu")
-    assert asked.pop() == ("vgg_mini", {"device": "cpu", "checkpoint": None})
+    own, vgg_file = folder / "own.safetensors", folder / "vgg_normalised.pth"
+    with pytest.raises(
+        WeightsUnavailableError, match=f"the encoder at '{vgg_file}', but there is no such file; put it"
+    ):
+        load_stylizer(checkpoint=own, device="cpu")
+    vgg_file.touch()
+    for given in (own, str(own)):
+        load_stylizer(checkpoint=given, device="cpu")
+        assert asked.pop() == ("vgg_normalised", {"device": "cpu", "checkpoint": vgg_file, "dtype": "float32"})
+    with pytest.raises(ConfigError, match=f"the encoder 'vgg_normalised', .* '{own}' was trained with, got 'vgg_mini'"):
+        load_stylizer(encoder="vgg_mini", checkpoint=own, device="cpu")
+    assert not asked
+    load_stylizer(encoder=vgg, checkpoint=own, device="cpu")  # one that is loaded is taken as it is
+    with pytest.raises(ConfigError, match="expected device= of the encoder, which is on cpu already, got 'meta'"):
+        load_stylizer(encoder=vgg, checkpoint=own, device="meta")
 
 
 def test_methods_that_are_none_or_another_are_refused(assets):
@@ -596,9 +603,10 @@ def test_methods_that_are_none_or_another_are_refused(assets):
 def test_encoders_that_do_not_fit_are_refused(assets, vgg, narrow, mini):
     message = r"expected an encoder with relu1_1, relu2_1, … relu5_1, but mini has no relu1_1; try 'vgg_mini' or 'vgg1"
     file = assets / "adaattn_vgg_mini.safetensors"
-    for encoder in ("mini", mini):
-        with pytest.raises(ConfigError, match=message):
-            stylize(CONTENT, STYLE, encoder=encoder, checkpoint=file, device="cpu")
+    with pytest.raises(ConfigError, match=message):
+        stylize(CONTENT, STYLE, encoder=mini, checkpoint=file, device="cpu")
+    with pytest.raises(ConfigError, match=f"expected the encoder 'vgg_mini', .* '{file}' was trained with, got 'mini'"):
+        stylize(CONTENT, STYLE, encoder="mini", checkpoint=file, device="cpu")
     with pytest.raises(ConfigError, match="expected checkpoint= with a network for the encoder 'vgg19', got none; tho"):
         stylize(CONTENT, STYLE, encoder="vgg19")
     channels = r"\(8, 8, 8, 8, 8\)"

@@ -143,10 +143,12 @@ def test_the_identity_loss_is_the_formula(vgg, warmup):
     trainer = StylizerTrainer(CONTENTS, STYLES, tiny("sanet", identity=2.0, warmup=warmup, most=100))
     content, style = _batch(CONTENTS, PAIRS, numbered(0, 9)), _batch(STYLES, PAIRS, numbered(0, 7))
     found = trainer._losses(content, style, numbered(0, 8))
-    of_content = maps(vgg, content)
-    again = trainer.stylizer.network(of_content, of_content)
-    features = sum((a - b).square().mean() for a, b in zip(maps(vgg, again), of_content, strict=True))
-    wanted = 2 * ((again - content).square().mean() + features / 50)
+    wanted = torch.zeros(())
+    for pixels in (content, style):
+        kept = maps(vgg, pixels)
+        again = trainer.stylizer.network(kept, kept)
+        features = sum((a - b).square().mean() for a, b in zip(maps(vgg, again), kept, strict=True))
+        wanted = wanted + 2 * ((again - pixels).square().mean() + features / 50)
     torch.testing.assert_close(found["identity"], wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitfeats.errors import ConfigError, WeightsUnavailableError
-from vitfeats.models.stylizers import CHANNELS, Settings, load_network, pack, settings_of
+from vitfeats.models.stylizers import CHANNELS, TRAINED, Settings, load_network, pack, settings_of
 from vitfeats.nets.stylizing import NETWORKS
 
 SMALL = (4, 6, 8, 10, 10)
@@ -171,6 +171,8 @@ def test_published_adain_is_read(tmp_path):
     std, mean = torch.std_mean(style[3], (2, 3), keepdim=True)
     network = load_network(tmp_path / "decoder.pth", SMALL)
     assert network.method == settings_of(tmp_path / "decoder.pth").method == "adain"
+    for name, value in load_network(tmp_path, SMALL).state_dict().items():  # its folder does as well
+        assert torch.equal(value, network.state_dict()[name])
     wanted = decoder(_normalised(content[3]) * (std**2 + 1e-5).sqrt() + mean)
     torch.testing.assert_close(network(content, style), wanted, rtol=1e-4, atol=1e-4)
 
@@ -209,6 +211,14 @@ def test_what_is_packed_comes_back(method, tmp_path):
     torch.testing.assert_close(found(*maps), network.half().float()(*maps))
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
     assert load_network(file).channels == SMALL
+
+
+def test_the_folder_of_a_training_is_read(tmp_path):
+    network = NETWORKS["sanet"](SMALL, (4, 4, 4), 4, generator=_rng(1))
+    pack(network, tmp_path / TRAINED, encoder="tiny")
+    assert settings_of(tmp_path).encoder == "tiny"
+    for name, value in load_network(tmp_path).state_dict().items():
+        assert torch.allclose(value, network.state_dict()[name], atol=1e-3), name
 
 
 def test_a_packed_network_for_other_channels_is_refused(tmp_path):
@@ -275,7 +285,7 @@ def test_a_file_of_another_method_is_refused(tmp_path):
 
 
 def test_folders_that_leave_open_what_is_meant_are_refused(tmp_path):
-    with pytest.raises(WeightsUnavailableError, match=r"expected latest_net_adaattn_3\.pth, .* got neither"):
+    with pytest.raises(WeightsUnavailableError, match=r"expected latest_net_adaattn_3\.pth, .* got none of them"):
         load_network(tmp_path)
     with pytest.raises(WeightsUnavailableError, match=r"none\.pth', but there is no such file"):
         load_network(tmp_path / "none.pth")

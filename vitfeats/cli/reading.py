@@ -4,14 +4,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, readable, save_picture, say
 from vitfeats.commands import Extract, Hyperfeatures, Match, Models, Pca, Similarity
 from vitfeats.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def extract(command: Extract) -> int:

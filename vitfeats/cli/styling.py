@@ -1,7 +1,7 @@
 """Commands of style transfer: stylize, train-stylizer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from vitfeats.errors import ConfigError, ImageError
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+    from torch import Tensor
 
     from vitfeats.apps.style_transfer import Stylized
 
@@ -36,6 +37,9 @@ def _one(command: Stylize) -> int:
     methods: Sequence[Any] = command.method or (STYLE_METHODS[:1] if command.sample is None else STYLE_METHODS)
     if command.checkpoint is not None and not command.method:
         methods = [None]
+    if command.resume:
+        raise ConfigError("expected --resume with several images or a folder of them, got one image")
+    _check_colours(command, styles)
     masks = None
     if command.mask is None and command.style_masks:
         raise ConfigError("expected --mask, the labels of the content, with --style-masks")
@@ -65,17 +69,22 @@ def _each(command: Stylize) -> int:
 
     if command.mask is not None or command.style_masks or len(command.method) > 1:
         raise ConfigError("expected one image with --mask or several methods; of many images, one method and no mask")
+    if command.sample is not None:
+        raise ConfigError("expected image files or --sample NAME, one of the two")
     files = _files(command.images)
     folder = Path("styled") if command.out == Stylize.out else command.out
     targets = {path: folder / f"{path.stem}.png" for path in files}
     if len(set(targets.values())) < len(files):
         raise ConfigError("expected images whose names differ in more than the suffix; paint one folder at a time")
+    if over := {path.resolve() for path in targets.values()} & {path.resolve() for path in files}:
+        raise ConfigError(f"expected --out to be another folder than that of the images, got '{min(over).parent}'")
     left = [path for path in files if not (command.resume and targets[path].is_file())]
     broken: dict[str, str] = {}
     whole: list[Path] = []
     styles = _styles(command)
+    _check_colours(command, styles)
     painted = stylize_each(
-        readable(left, whole, broken),
+        _large_enough(readable(left, whole, broken), whole, broken, command.size),
         styles,
         method=command.method[0] if command.method else None,
         batch_size=command.batch_size,
@@ -99,8 +108,12 @@ def train(command: TrainStylizer) -> int:
     from vitfeats.apps.style_transfer import STYLIZER, train_stylizer, usual_styles
     from vitfeats.pictures import read_names, read_pictures
 
-    base = TrainStylizerConfig.preset(command.method)
-    config = base if command.config is None else read_config(command.config, TrainStylizerConfig, base=base)
+    config = TrainStylizerConfig.preset(command.method or "adaattn")
+    if command.config is not None:
+        named = read_config(command.config, TrainStylizerConfig, base=config).method
+        if command.method not in (None, named):
+            raise ConfigError(f"expected one method, got --method {command.method} and '{named}' in '{command.config}'")
+        config = read_config(command.config, TrainStylizerConfig, base=TrainStylizerConfig.preset(named))
     if command.steps is not None:
         config = replace(config, steps=command.steps)
     kept = [] if command.held_out is None else read_names(command.held_out)
@@ -152,12 +165,29 @@ def _settings(command: Stylize) -> dict[str, Any]:
     }
 
 
+def _large_enough(
+    images: "Iterator[Tensor]", whole: list[Path], broken: dict[str, str], size: int | None
+) -> "Iterator[Tensor]":
+    """Yield the images that can be painted; note why the others cannot."""
+    from vitfeats.apps.style_transfer.stylizer import CELL
+
+    for image in images:
+        if size is None and min(image.shape[1:]) < CELL:
+            path = whole.pop()
+            broken[str(path)] = f"expected at least {CELL}×{CELL} pixels, got '{path}'; pass --size"
+            continue
+        yield image
+
+
+def _check_colours(command: Stylize, styles: "list[Image.Image]") -> None:
+    if command.colours == "style" and len(styles) > 1:
+        raise ConfigError(f"expected one style with --colours style, got {len(styles)}")
+
+
 def _recoloured(command: Stylize, made: "Stylized", content: Any, styles: "list[Image.Image]") -> "Stylized":
     """Return a picture in the colours that were asked for."""
     if command.colours == "network":
         return made
-    if command.colours == "style" and len(styles) > 1:
-        raise ConfigError(f"expected one style with --colours style, got {len(styles)}")
     return made.recoloured(styles[0] if command.colours == "style" else content)
 
 
@@ -188,7 +218,8 @@ def _labels(path: Path) -> "np.ndarray":
 
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L"))
+            # A palette's indices are the labels; 16-bit greys, too.
+            return np.asarray(picture if picture.mode in ("P", "L", "1", "I;16") else picture.convert("L")).astype(int)
     except OSError as error:
         raise ImageError(f"expected a picture of labels at '{path}', but: {error}") from error
 

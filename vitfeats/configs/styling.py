@@ -22,7 +22,8 @@ class TrainStylizerConfig:
         widths: Channels of the decoder at the sizes of relu1_1, relu2_1 and relu3_1. Default: those of the encoder.
         inner: Channels that attention compares. Default: all of them, as published.
         size: Side of the crops in pixels, a multiple of 16, 32 at least.
-        load: Shorter side that pictures are brought to before they are cropped.
+        load: Shorter side that the command reads pictures at, before they are cropped; in Python, pass it to
+            ``read_pictures``.
         crop: Smallest side of a crop, as a share of the picture's shorter side; crops are brought to `size`.
         steps: Optimiser steps.
         batch: Pairs of content and style a step.
@@ -38,7 +39,8 @@ class TrainStylizerConfig:
         style: Weight of the global style loss.
         style_levels: Levels, 1 to 5, of the global style loss.
         local: Weight of AdaAttN's local feature loss, at relu2_1 to relu5_1.
-        identity: Weight of the squared difference of an image that is stylised with itself; of features it is a 50th.
+        identity: Weight of the squared difference of contents and styles that are stylised with themselves, of
+            pixels; of maps it is a 50th.
         most: Style positions that attention and the local loss look at, drawn at random.
         checkpoint_every: Steps from one checkpoint to the next, where a folder is written; 0 writes one at the end.
         snapshot_every: Steps from one picture of results to the next; 0 writes one at the end.

@@ -22,6 +22,9 @@ ENCODER = "vgg_normalised"
 
 _HEADER = "stylizer"
 _ADAATTN = ("adaattn_3", "transformer", "decoder")  # files, and parts of the network
+TRAINED = "stylizer.safetensors"
+"""What a training calls its network, in its folder."""
+
 # Layers of the published decoders that are convolutions; those between are paddings, activations and doublings.
 _CONVOLUTIONS = (1, 5, 8, 11, 14, 18, 21, 25, 28)
 _FIRST_PART = 4  # layers of AdaAttN's decoder_layer_1; those behind are numbered from 0 again
@@ -55,7 +58,7 @@ def settings_of(file: Path | str) -> Settings:
     Raises:
         WeightsUnavailableError: If there is no such file, a part of it is missing, or its header is damaged.
     """
-    path = Path(file)
+    path = _file_of(file)
     if path.suffix == ".safetensors" and path.is_file():
         return _packed_settings(path)
     return Settings(_published(path)[0])
@@ -67,7 +70,8 @@ def load_network(file: Path | str, channels: Sequence[int] | None = None) -> Sty
     Args:
         file: One of: a folder with AdaAttN's ``latest_net_adaattn_3.pth``, ``latest_net_transformer.pth`` and
             ``latest_net_decoder.pth``; a folder with one ``transformer_iter_….pth`` and one ``decoder_iter_….pth`` of
-            SANet, or the first of them; AdaIN's ``decoder.pth``; or a ``.safetensors`` that :func:`pack` wrote.
+            SANet, or the first of them; AdaIN's ``decoder.pth``, or its folder; or a ``.safetensors`` that :func:`pack`
+            wrote, or the folder of a training.
         channels: Of the maps relu1_1 to relu5_1 that it will be given. None is what a ``.safetensors`` says, and
             :data:`CHANNELS` for the published layouts.
 
@@ -77,7 +81,7 @@ def load_network(file: Path | str, channels: Sequence[int] | None = None) -> Sty
         ConfigError: If it is made for other channels, or its weights are not those of the method; the message has the
             file and the names.
     """
-    path = Path(file)
+    path = _file_of(file)
     if path.suffix == ".safetensors" and path.is_file():
         settings = _packed_settings(path)
         if channels is not None and tuple(channels) != settings.channels:
@@ -131,6 +135,8 @@ def _published(path: Path) -> tuple[str, dict[str, Path]]:
     if path.is_dir():
         if any(path.glob("latest_net_*.pth")):
             return "adaattn", _there({part: path / f"latest_net_{part}.pth" for part in _ADAATTN})
+        if (path / "decoder.pth").is_file():
+            return "adain", {"decoder": path / "decoder.pth"}
         transformers = sorted(path.glob("transformer_iter_*.pth"))
         if len(transformers) > 1:
             names = ", ".join(file.name for file in transformers)
@@ -138,13 +144,20 @@ def _published(path: Path) -> tuple[str, dict[str, Path]]:
         if not transformers:
             raise WeightsUnavailableError(
                 f"expected latest_net_adaattn_3.pth, latest_net_transformer.pth and latest_net_decoder.pth of AdaAttN, "
-                f"or transformer_iter_….pth and decoder_iter_….pth of SANet, in the folder '{path}', got neither"
+                f"transformer_iter_….pth and decoder_iter_….pth of SANet, decoder.pth of AdaIN, or {TRAINED}, in the "
+                f"folder '{path}', got none of them"
             )
         path = transformers[0]
     if path.name.startswith("transformer_iter_"):
         decoder = path.with_name(path.name.replace("transformer", "decoder", 1))
         return "sanet", _there({"transformer": path, "decoder": decoder})
     return "adain", _there({"decoder": path})
+
+
+def _file_of(file: Path | str) -> Path:
+    """Return the file of a folder that a training wrote; else the file or folder as it is."""
+    path = Path(file)
+    return path / TRAINED if (path / TRAINED).is_file() else path
 
 
 def _there(files: dict[str, Path]) -> dict[str, Path]:

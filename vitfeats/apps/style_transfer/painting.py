@@ -100,7 +100,7 @@ def stylize(
         size: Shorter side that the content is brought to; None is its own, which any is.
         style_size: Shorter side that styles are brought to, 32 at least; None is their own, from 32 to 512. It sets the
             scale of the strokes.
-        most: Positions of each style that attention looks at, drawn at random, as published; None is all of them.
+        most: Positions of each style that attention looks at, at each level, drawn at random; None is all of them.
         seed: Of that draw.
         device: Where it runs.
 
@@ -249,7 +249,7 @@ class _in_memory:  # noqa: N801 - a context manager, used as a function
         reason = error.__cause__ if isinstance(error, ShapeError) else error
         if isinstance(reason, Exception) and is_out_of_memory(reason):
             raise ShapeError(
-                f"expected images that fit in memory, got {self.what}; lower size=, style_size= or most="
+                f"expected images that fit in memory, got {self.what}; lower size=, style_size=, most= or batch_size="
             ) from reason
 
 
@@ -265,7 +265,7 @@ def _stylizer(
             raise ConfigError("expected stylizer= alone, got it with method=, encoder= or checkpoint=")
         return stylizer
     if isinstance(encoder, Extractor):
-        return load_stylizer(method, encoder=encoder, checkpoint=checkpoint)
+        return load_stylizer(method, encoder=encoder, checkpoint=checkpoint, device=device)
     return kept_stylizer(method, encoder, None if checkpoint is None else str(checkpoint), device)
 
 

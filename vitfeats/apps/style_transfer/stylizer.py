@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitfeats.api import device_of, load_extractor
 from vitfeats.configs import STYLE_METHODS
-from vitfeats.errors import ConfigError, ShapeError, nearest_names
+from vitfeats.errors import ConfigError, ShapeError, WeightsUnavailableError, nearest_names
 from vitfeats.extractors.base import Extractor
 from vitfeats.models.bundled import ASSETS
 from vitfeats.models.stylizers import ENCODER, load_network, settings_of
@@ -18,6 +18,8 @@ from vitfeats.nets.stylizing import Style, StyleNetwork
 
 TAPS = tuple(f"out@relu{level}_1" for level in range(1, 6))
 """What an encoder is read at."""
+
+VGG_FILE = "vgg_normalised.pth"
 
 BUNDLED = "vgg_mini"
 """Encoder of the networks that come with the package."""
@@ -145,10 +147,24 @@ def load_stylizer(
         raise ConfigError(
             f"expected a network of '{method}', but '{file}' is of '{settings.method}'; pass method='{settings.method}'"
         )
-    if not isinstance(encoder, Extractor):
+    if isinstance(encoder, Extractor):
+        if device != "auto" and device_of(device) != encoder.device:
+            raise ConfigError(f"expected device= of the encoder, which is on {encoder.device} already, got '{device}'")
+    else:
         name = encoder or settings.encoder
-        weights = _beside(file, "vgg_normalised.pth") if name == ENCODER else None
-        encoder = load_extractor(name, device=device, checkpoint=weights)
+        if name != settings.encoder:
+            raise ConfigError(
+                f"expected the encoder '{settings.encoder}', whose maps the network of '{file}' was trained with, got "
+                f"'{name}'"
+            )
+        weights = _beside(file, VGG_FILE) if name == ENCODER else None
+        if name == ENCODER and weights is None:
+            raise WeightsUnavailableError(
+                f"expected the weights of the encoder at '{(file if file.is_dir() else file.parent) / VGG_FILE}', but "
+                f"there is no such file; put it there, or pass encoder=load_extractor('{ENCODER}', checkpoint=FILE)"
+            )
+        # Not in bfloat16: attention looks elsewhere where its keys are rounded.
+        encoder = load_extractor(name, device=device, checkpoint=weights, dtype="float32")
     network = load_network(file, channels_of(encoder))
     return Stylizer(encoder, network.requires_grad_(False))
 

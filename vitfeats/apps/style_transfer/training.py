@@ -98,7 +98,7 @@ class StylizerTrainer:
             raise ConfigError(f"expected contents and styles, got {len(contents)} and {len(styles)}")
         self.config, self.seed, self.done = config, seed, 0
         self.contents, self.styles = contents, styles
-        extractor = encoder or load_extractor(config.encoder, device=device)
+        extractor = encoder or load_extractor(config.encoder, device=device, dtype="float32")
         network = NETWORKS[config.method](
             channels_of(extractor), config.widths, config.inner, generator=numbered(seed, _INITIAL)
         )
@@ -183,7 +183,8 @@ class StylizerTrainer:
             of_content, of_style = read(content, TAPS), read(style, TAPS)
         maps_c, maps_s = ([d.map for d in found.values()] for found in (of_content, of_style))
         if self.done < config.warmup:
-            return {"identity": (config.identity or _IDENTITY) * self._identity(content, of_content, maps_c)}
+            pairs = ((content, of_content, maps_c), (style, of_style, maps_s))
+            return {"identity": (config.identity or _IDENTITY) * self._identity(pairs)}
         draw = numbered(int(torch.randint(2**31, (), generator=rng)))
         out = read(network(maps_c, maps_s, most=config.most, generator=draw), TAPS)
         parts: dict[str, Tensor] = {}
@@ -196,7 +197,8 @@ class StylizerTrainer:
         if config.local:
             parts["local"] = config.local * self._local(out, of_content, of_style)
         if config.identity:
-            parts["identity"] = config.identity * self._identity(content, of_content, maps_c)
+            pairs = ((content, of_content, maps_c), (style, of_style, maps_s))
+            parts["identity"] = config.identity * self._identity(pairs)
         return parts
 
     def _content(
@@ -217,12 +219,18 @@ class StylizerTrainer:
         ]
         return torch.stack(found).sum()
 
-    def _identity(self, content: Tensor, of_content: Descriptors, maps: Sequence[Tensor]) -> Tensor:
-        """Return how far an image that is stylised with itself is from itself (Park and Lee, equation 8)."""
-        same = self.stylizer.network(maps, maps, most=self.config.most, generator=numbered(self.done))
-        again = self.stylizer.extractor.describe(same, TAPS)
-        features = [content_loss(again[tap], of_content[tap], normalise=False) for tap in TAPS]
-        return (same - content).square().mean() + torch.stack(features).sum() / 50
+    def _identity(self, pairs: Sequence[tuple[Tensor, Descriptors, Sequence[Tensor]]]) -> Tensor:
+        """Return how far contents and styles that are stylised with themselves are from themselves.
+
+        Park and Lee, equation 8: of pixels, and of maps a 50th.
+        """
+        found = []
+        for pixels, maps_of, maps in pairs:
+            same = self.stylizer.network(maps, maps, most=self.config.most, generator=numbered(self.done))
+            again = self.stylizer.extractor.describe(same, TAPS)
+            features = [content_loss(again[tap], maps_of[tap], normalise=False) for tap in TAPS]
+            found.append((same - pixels).square().mean() + torch.stack(features).sum() / 50)
+        return torch.stack(found).sum()
 
 
 def train_stylizer(
@@ -234,6 +242,7 @@ def train_stylizer(
     out: Path | str | None = None,
     resume: bool = False,
     progress: bool = False,
+    encoder: Extractor | None = None,
     device: str | torch.device = "cpu",
 ) -> TrainStylizerResult:
     """Train a network of style transfer for any style.
@@ -246,6 +255,7 @@ def train_stylizer(
         out: Folder for the history, checkpoints, pictures of results and the network; None writes nothing.
         resume: Go on from the checkpoint in ``out``, if there is one: the run is the one that was never stopped.
         progress: Show a progress bar on standard error.
+        encoder: In place of the settings' name: loaded already, such as ``vgg_normalised`` from its file.
         device: Where to train.
 
     Raises:
@@ -255,7 +265,7 @@ def train_stylizer(
         KeyboardInterrupt: At Ctrl-C, after the step has ended and a checkpoint is written.
     """
     config = config or TrainStylizerConfig()
-    trainer = StylizerTrainer(contents, styles, config, seed=seed, device=device)
+    trainer = StylizerTrainer(contents, styles, config, seed=seed, encoder=encoder, device=device)
     folder = None if out is None else RunFolder(out)
     history = begin(trainer, folder, resume)
 
