@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 import vitfeats as vf
-from vitfeats.apps.style_transfer import STYLIZER, StylizerTrainer, load_stylizer, stylize, train_stylizer
+from vitfeats.apps.style_transfer import StylizerTrainer, load_stylizer, stylize, train_stylizer
 from vitfeats.apps.style_transfer.training import _batch
 from vitfeats.configs import TrainStylizerConfig, read_config, write_config
 from vitfeats.errors import ConfigError, StoreError, WeightsUnavailableError
-from vitfeats.models.stylizers import pack, settings_of
+from vitfeats.models.stylizers import TRAINED, pack, settings_of
 from vitfeats.nets.stylizing import NETWORKS
 from vitfeats.views import numbered
 
@@ -294,7 +294,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_never_stopped(method, tmp_pat
     assert same(whole.stylizer, resumed.stylizer)
     assert resumed.history == whole.history
     assert [record["step"] for record in whole.history] == [0, 1, 2, 3]
-    for name in ("history.jsonl", "config.yaml", "step_000004.png", "result.png", "losses.png", STYLIZER):
+    for name in ("history.jsonl", "config.yaml", "step_000004.png", "result.png", "losses.png", TRAINED):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -342,7 +342,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
     assert start("whole").wait() == 0
     kill_now_and_then(lambda: start("killed"), tmp_path / "killed" / "history.jsonl", most=50, times=3, seed=1)
     assert start("killed").wait() == 0
-    for name in ("history.jsonl", "config.yaml", "result.png", "losses.png", "step_000060.png", STYLIZER):
+    for name in ("history.jsonl", "config.yaml", "result.png", "losses.png", "step_000060.png", TRAINED):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -384,14 +384,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_that_was_good(tmp_
     assert same(result.stylizer, good)
     assert not result.stylizer.network.training
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-    assert not (tmp_path / STYLIZER).exists()
+    assert not (tmp_path / TRAINED).exists()
 
 
 def test_a_run_leaves_pictures_losses_settings_and_the_network(tmp_path):
     config = replace(TINY, snapshot_every=2, lr=0.05)
     result = train_stylizer(CONTENTS, STYLES, config=config, out=tmp_path / "new" / "run")
     names = {path.name for path in (tmp_path / "new" / "run").iterdir()}
-    written = {"checkpoint.pt", "history.jsonl", "config.yaml", "losses.png", "result.png", STYLIZER}
+    written = {"checkpoint.pt", "history.jsonl", "config.yaml", "losses.png", "result.png", TRAINED}
     assert names == written | {"step_000002.png", "step_000004.png"}
     for name in (name for name in names if name.endswith(".png")):
         with Image.open(tmp_path / "new" / "run" / name) as picture:
@@ -451,3 +451,11 @@ def test_weights_of_which_none_fits_are_refused(tmp_path):
         train_stylizer(CONTENTS, STYLES, config=tiny("adain", start=start))
     with pytest.raises(WeightsUnavailableError, match=r"nothing\.safetensors', but there is no such file"):
         train_stylizer(CONTENTS, STYLES, config=tiny("adain", start="nothing.safetensors"))
+
+
+def test_a_network_says_whose_maps_it_was_trained_with(vgg, tmp_path):
+    other = vf.load_extractor(vgg.model, card=replace(vgg.card, name="another"))
+    result = train_stylizer(CONTENTS, STYLES, config=tiny("adain", steps=1), encoder=other, out=tmp_path)
+    assert result.config.encoder == settings_of(tmp_path / TRAINED).encoder == "another"
+    with pytest.raises(ConfigError, match="these differ: encoder: 'another' there, 'vgg_mini' here"):
+        train_stylizer(CONTENTS, STYLES, config=tiny("adain", steps=1), out=tmp_path, resume=True)

@@ -105,7 +105,8 @@ def _each(command: Stylize) -> int:
 def train(command: TrainStylizer) -> int:
     """Train a network of style transfer."""
     from vitfeats.api import device_of
-    from vitfeats.apps.style_transfer import STYLIZER, train_stylizer, usual_styles
+    from vitfeats.apps.style_transfer import train_stylizer, usual_styles
+    from vitfeats.models.stylizers import TRAINED
     from vitfeats.pictures import read_names, read_pictures
 
     config = TrainStylizerConfig.preset(command.method or "adaattn")
@@ -136,7 +137,7 @@ def train(command: TrainStylizer) -> int:
     last = result.history[-1] if result.history else {}
     facts = {
         "method": config.method,
-        "out": str(command.out / STYLIZER),
+        "out": str(command.out / TRAINED),
         "contents": len(contents),
         "styles": len(styles),
         "failed": broken,

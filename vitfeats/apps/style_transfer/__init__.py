@@ -3,10 +3,9 @@
 from vitfeats.apps.style_transfer.painting import Stylized, stylize, stylize_each
 from vitfeats.apps.style_transfer.styles import colourfulness, usual_styles
 from vitfeats.apps.style_transfer.stylizer import Stylizer, channels_of, load_stylizer
-from vitfeats.apps.style_transfer.training import STYLIZER, StylizerTrainer, TrainStylizerResult, train_stylizer
+from vitfeats.apps.style_transfer.training import StylizerTrainer, TrainStylizerResult, train_stylizer
 
 __all__ = [
-    "STYLIZER",
     "Stylized",
     "Stylizer",
     "StylizerTrainer",

@@ -20,7 +20,7 @@ from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError
 from vitfeats.extractors.base import Extractor
 from vitfeats.losses import content_loss, global_style_loss, local_style_loss
-from vitfeats.models.stylizers import load_network, pack
+from vitfeats.models.stylizers import TRAINED, load_network, pack
 from vitfeats.nets.adaattn import adain
 from vitfeats.nets.stylizing import NETWORKS, Style, StyleNetwork
 from vitfeats.preprocess import to_pil
@@ -32,7 +32,6 @@ _FORMAT = "vitfeats.train-stylizer/1"
 _INITIAL, _STEP, _SHOWN = 0, 1, 2  # what random numbers are for
 _SHOWN_PAIRS = 4
 _IDENTITY = 50.0  # SANet's, for the warm-up of methods that have no such loss
-STYLIZER = "stylizer.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +95,8 @@ class StylizerTrainer:
     ) -> None:
         if not len(contents) or not len(styles):
             raise ConfigError(f"expected contents and styles, got {len(contents)} and {len(styles)}")
+        if encoder is not None:  # what is written must say whose maps it was trained with
+            config = replace(config, encoder=encoder.card.name)
         self.config, self.seed, self.done = config, seed, 0
         self.contents, self.styles = contents, styles
         extractor = encoder or load_extractor(config.encoder, device=device, dtype="float32")
@@ -139,7 +140,10 @@ class StylizerTrainer:
         self.stylizer.network.eval()
         with torch.no_grad():
             made = self.stylizer(
-                content, [Style(self._maps(style))], most=self.config.most, generator=numbered(self.seed, _SHOWN, 1)
+                content,
+                [Style(self.stylizer.maps(style))],
+                most=self.config.most,
+                generator=numbered(self.seed, _SHOWN, 1),
             )
         rows = [picture for three in zip(content, style, made.cpu(), strict=True) for picture in three]
         return plot.side_by_side([to_pil(picture) for picture in rows], columns=3)
@@ -174,17 +178,14 @@ class StylizerTrainer:
     def _batch(self, pictures: Sequence[np.ndarray], rng: torch.Generator) -> Tensor:
         return _batch(pictures, self.config, rng).to(self.stylizer.device)
 
-    def _maps(self, pixels: Tensor) -> list[Tensor]:
-        return [d.map for d in self.stylizer.extractor.describe(pixels, TAPS).values()]
-
     def _losses(self, content: Tensor, style: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         config, network, read = self.config, self.stylizer.network, self.stylizer.extractor.describe
         with torch.no_grad():
             of_content, of_style = read(content, TAPS), read(style, TAPS)
         maps_c, maps_s = ([d.map for d in found.values()] for found in (of_content, of_style))
+        themselves = ((content, of_content, maps_c), (style, of_style, maps_s))
         if self.done < config.warmup:
-            pairs = ((content, of_content, maps_c), (style, of_style, maps_s))
-            return {"identity": (config.identity or _IDENTITY) * self._identity(pairs)}
+            return {"identity": (config.identity or _IDENTITY) * self._identity(themselves)}
         draw = numbered(int(torch.randint(2**31, (), generator=rng)))
         out = read(network(maps_c, maps_s, most=config.most, generator=draw), TAPS)
         parts: dict[str, Tensor] = {}
@@ -197,8 +198,7 @@ class StylizerTrainer:
         if config.local:
             parts["local"] = config.local * self._local(out, of_content, of_style)
         if config.identity:
-            pairs = ((content, of_content, maps_c), (style, of_style, maps_s))
-            parts["identity"] = config.identity * self._identity(pairs)
+            parts["identity"] = config.identity * self._identity(themselves)
         return parts
 
     def _content(
@@ -275,9 +275,9 @@ def train_stylizer(
 
     def finish(stopped: str) -> TrainStylizerResult:
         trainer.stylizer.network.eval()
-        made = TrainStylizerResult(trainer.stylizer, history, config, stopped)
+        made = TrainStylizerResult(trainer.stylizer, history, trainer.config, stopped)
         if folder is not None and stopped != "not finite":
-            made.save(folder.path / STYLIZER)
+            made.save(folder.path / TRAINED)
             folder.write_image("result.png", trainer.shown())
             if history:
                 folder.write_image("losses.png", plot.losses(history))
