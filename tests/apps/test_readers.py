@@ -20,9 +20,10 @@ from layouts import Truth
 from PIL import Image, ImageFile
 from scipy.io import loadmat, savemat
 
-from vitfeats.apps.evaluation.annotations import PairReader, read_matrices, size_of
+from vitfeats.apps.evaluation.annotations import PairReader, size_of
 from vitfeats.apps.evaluation.datasets import Pair
 from vitfeats.apps.evaluation.drawn import AP10K, CUB200, DrawnPairs
+from vitfeats.apps.evaluation.matlab import read_matrices
 from vitfeats.apps.evaluation.readers import PairList, PairTable, PFPascal, PFWillow, SPair71k, open_pairs, read_pairs
 from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError, VitFeatsError
 from vitfeats.preprocess import load_image

@@ -19,12 +19,12 @@ from vitfeats.apps.evaluation.annotations import (
     make_pair,
     read_json,
     read_lines,
-    read_matrices,
     read_table,
     require,
     split_of,
 )
 from vitfeats.apps.evaluation.datasets import Box, Pair
+from vitfeats.apps.evaluation.matlab import read_matrices
 from vitfeats.errors import ConfigError, ShapeError, StoreError, nearest_names
 
 _SPLITS = {"train": "trn", "trn": "trn", "val": "val", "test": "test"}
