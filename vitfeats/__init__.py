@@ -34,6 +34,7 @@ __all__ = [
     "appearance_loss",
     "content_loss",
     "correspond",
+    "cosegment",
     "cosine_similarity",
     "evaluate_pck",
     "extract",
@@ -48,6 +49,7 @@ __all__ = [
     "match_nearest",
     "match_ratio",
     "match_sinkhorn",
+    "part_cosegment",
     "patterns",
     "plot",
     "register_model",
@@ -66,6 +68,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vitfeats import patterns, plot, samples
     from vitfeats.api import extract, list_models, load_extractor, register_model, set_default_model
+    from vitfeats.apps.cosegmentation import cosegment, part_cosegment
     from vitfeats.apps.evaluation import evaluate_pck
     from vitfeats.apps.inversion import invert
     from vitfeats.apps.splice import splice
@@ -111,6 +114,7 @@ if TYPE_CHECKING:
 
 # Read on first use (PEP 562), so that `import vitfeats` loads neither torch nor any model library.
 _HOME = {
+    "vitfeats.apps.cosegmentation": ("cosegment", "part_cosegment"),
     "vitfeats.apps.evaluation": ("evaluate_pck",),
     "vitfeats.apps.inversion": ("invert",),
     "vitfeats.apps.splice": ("splice",),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.configs import ExtractorConfig, Preset, ProtocolName, StyleMethod
+from vitfeats.configs import CosegmentPreset, ExtractorConfig, Preset, ProtocolName, StyleMethod
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,39 @@ class Stylize:
     seed: int = 0
     device: str = "auto"
     json: bool = False
+
+
+@dataclass(frozen=True)
+class Cosegment:
+    """Cut out what images share: masks, cut-outs and overlays, and with --parts its parts.
+
+    Attributes:
+        images: Image files, or folders of them, searched with the folders in them.
+        sample: Use a sample instead, as for pca.
+        out: Folder for masks, cut-outs, overlays, overview.png and cosegmentation.json (made if missing).
+        parts: Find so many parts, the same in all images.
+        preset: default; or reference, the published recipe (with --model dino_vits8).
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        refine: How masks are brought to pixels, in place of the settings'; auto is grabcut where OpenCV is installed.
+        outliers: Leave out images whose CLS has a smaller cosine to the mean CLS, in place of the settings'.
+        seed: Of clusters and crops.
+        batch_size: Images in one forward pass.
+        json: Print one JSON object instead of text.
+        options: Model, size and stride (default: the settings'), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("cosegmentation")
+    parts: int = 0
+    preset: CosegmentPreset = "default"
+    config: Path | None = None
+    refine: Literal["auto", "grabcut", "guided", "none"] | None = None
+    outliers: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 @dataclass(frozen=True)
@@ -440,6 +473,7 @@ Command = (
     | Annotated[Splice, subcommand("splice")]
     | Annotated[Invert, subcommand("invert")]
     | Annotated[Stylize, subcommand("stylize")]
+    | Annotated[Cosegment, subcommand("cosegment")]
     | Annotated[Hyperfeatures, subcommand("hyperfeatures")]
     | Annotated[TrainDiffusion, subcommand("train-diffusion")]
     | Annotated[TrainHyperfeatures, subcommand("train-hyperfeatures")]

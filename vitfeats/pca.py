@@ -190,7 +190,7 @@ def _border_split(group: list[Descriptor], tokens: Float[Tensor, "n dim"]) -> tu
     mean, components, _, _ = _principal(tokens, 1)
     direction = components[0]
     along = (tokens - mean) @ direction
-    threshold = _two_means(along)
+    threshold = two_means(along)
     border = torch.cat([_is_border(d).repeat(len(d)) for d in group]).to(along.device)
     if (along[border] > threshold).double().mean() > 0.5:
         direction, threshold = -direction, -threshold
@@ -202,8 +202,14 @@ def _beyond(d: Descriptor, direction: Float[Tensor, " dim"], threshold: float) -
     return (along > threshold).view(len(d), d.grid.rows, d.grid.cols)
 
 
-def _two_means(values: Float[Tensor, " n"]) -> float:
-    """Return the threshold that splits values into the two groups of least squared error (Otsu, 1979)."""
+def two_means(values: Float[Tensor, " n"]) -> float:
+    """Return the threshold that splits values into the two groups of least squared error (Otsu, 1979).
+
+    Halfway between the largest of one group and the smallest of the other; the value itself where all are the same.
+
+    Args:
+        values: Two or more.
+    """
     ordered = values.sort().values
     count = torch.arange(1, len(ordered) + 1, device=values.device, dtype=values.dtype)
     total, running = ordered.sum(), ordered.cumsum(0)

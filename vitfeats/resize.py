@@ -93,24 +93,47 @@ def carry_detail(
     return (applied(full_guide, factors, offset) + unexplained).clamp(0, 1).to(kind)
 
 
+def guided_filter(
+    maps: Float[Tensor, "batch dim height width"],
+    guide: Float[Tensor, "batch 3 height width"],
+    *,
+    radius: int,
+    epsilon: float,
+) -> Float[Tensor, "batch dim height width"]:
+    """Smooth maps so that their edges follow those of an image (He, Sun and Tang, ECCV 2010, with a colour guide).
+
+    In each window a map is written as an affine map of the image's colours; the means of the windows' maps are applied.
+
+    Args:
+        maps: Of any number of channels, such as a mask of zeros and ones.
+        guide: The image, in 0..1.
+        radius: Half the side of a window in pixels.
+        epsilon: Variance of the guide below which a window is taken for flat.
+    """
+    factors, offset = _affine_maps(maps.float(), guide.float(), radius, epsilon)
+    return (torch.einsum("bgihw,bghw->bihw", factors, guide.float()) + offset).to(maps.dtype)
+
+
 def _affine_maps(made: Tensor, guide: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return factors (batch, 3 of the guide, 3 made, h, w) and offsets (batch, 3, h, w) of each pixel's window."""
+    """Return factors (batch, 3 of the guide, dim made, h, w) and offsets (batch, dim, h, w) of each pixel's window."""
     device = guide.device
     if device.type == "mps":  # which has no float64
         made, guide = made.cpu(), guide.cpu()
     guide, made = guide.double(), made.double()  # a variance is a difference of two nearly equal numbers
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+        side = 2 * radius + 1  # first down, then across: of large windows, a small share of the sums
+        down = F.avg_pool2d(x, (side, 1), 1, (radius, 0), count_include_pad=False)
+        return F.avg_pool2d(down, (1, side), 1, (0, radius), count_include_pad=False)
 
-    def outer(a: Tensor, b: Tensor) -> Tensor:  # covariances (batch, h, w, 3, 3)
-        product = mean((a[:, :, None] * b[:, None]).flatten(1, 2)).unflatten(1, (3, 3))
+    def outer(a: Tensor, b: Tensor) -> Tensor:  # covariances (batch, h, w, channels of a, channels of b)
+        product = mean((a[:, :, None] * b[:, None]).flatten(1, 2)).unflatten(1, (a.shape[1], b.shape[1]))
         return (product - mean(a)[:, :, None] * mean(b)[:, None]).permute(0, 3, 4, 1, 2)
 
     floor = epsilon * torch.eye(3, dtype=guide.dtype, device=guide.device)
     factors = torch.linalg.solve(outer(guide, guide) + floor, outer(guide, made)).permute(0, 3, 4, 1, 2)
     offset = mean(made) - torch.einsum("bgihw,bghw->bihw", factors, mean(guide))
-    smooth = mean(factors.flatten(1, 2)).unflatten(1, (3, 3))
+    smooth = mean(factors.flatten(1, 2)).unflatten(1, (3, made.shape[1]))
     return smooth.float().to(device), mean(offset).float().to(device)
 
 

@@ -13,10 +13,12 @@ import tyro
 from vitfeats.cli.making import run_invert, run_splice
 from vitfeats.cli.measuring import evaluate
 from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
+from vitfeats.cli.segmenting import run_cosegment
 from vitfeats.cli.styling import run_stylize, train
 from vitfeats.cli.training import aggregation, diffusion, pretrained
 from vitfeats.commands import (
     Command,
+    Cosegment,
     Eval,
     Extract,
     Hyperfeatures,
@@ -42,6 +44,7 @@ RUN: dict[type, Any] = {
     Splice: run_splice,
     Invert: run_invert,
     Stylize: run_stylize,
+    Cosegment: run_cosegment,
     Hyperfeatures: hyperfeatures,
     TrainDiffusion: diffusion,
     TrainHyperfeatures: aggregation,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfeats.cli.shared import images_of, make_folder, readable, save_picture, say
+from vitfeats.cli.shared import images_of, make_folder, picture_files, readable, save_picture, say
 from vitfeats.commands import Stylize, TrainStylizer
 from vitfeats.configs import STYLE_METHODS, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
@@ -71,7 +71,7 @@ def _each(command: Stylize) -> int:
         raise ConfigError("expected one image with --mask or several methods; of many images, one method and no mask")
     if command.sample is not None:
         raise ConfigError("expected image files or --sample NAME, one of the two")
-    files = _files(command.images)
+    files = picture_files(command.images)
     folder = Path("styled") if command.out == Stylize.out else command.out
     targets = {path: folder / f"{path.stem}.png" for path in files}
     if len(set(targets.values())) < len(files):
@@ -223,16 +223,3 @@ def _labels(path: Path) -> "np.ndarray":
             return np.asarray(picture if picture.mode in ("P", "L", "1", "I;16") else picture.convert("L")).astype(int)
     except OSError as error:
         raise ImageError(f"expected a picture of labels at '{path}', but: {error}") from error
-
-
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """Return image files, and those in folders in the order of their names."""
-    from vitfeats.pictures import SUFFIXES
-
-    found = []
-    for path in paths:
-        inside = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
-        if not inside:
-            raise ConfigError(f"expected pictures ({', '.join(SUFFIXES)}) in '{path}', got none")
-        found += sorted(inside)
-    return found

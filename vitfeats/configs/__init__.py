@@ -1,5 +1,6 @@
 """Run settings, as frozen dataclasses of the standard library: the command line reads them without torch."""
 
+from vitfeats.configs.cosegmentation import COSEGMENT_PRESETS, CosegmentConfig, CosegmentPreset
 from vitfeats.configs.diffusion import DIFFUSION_PRESETS, DiffusionConfig, DiffusionPreset
 from vitfeats.configs.evaluation import MEANS, PCK_PROTOCOLS, PckProtocol, ProtocolName
 from vitfeats.configs.extraction import ExtractorConfig
@@ -12,6 +13,9 @@ from vitfeats.configs.styling import STYLE_METHODS, STYLIZER_PRESETS, StyleMetho
 from vitfeats.configs.training import TrainDiffusionConfig, TrainHyperfeaturesConfig
 
 __all__ = [
+    "COSEGMENT_PRESETS",
+    "CosegmentConfig",
+    "CosegmentPreset",
     "DIFFUSION_PRESETS",
     "DiffusionConfig",
     "DiffusionPreset",

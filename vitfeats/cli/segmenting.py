@@ -1,0 +1,60 @@
+"""The command of co-segmentation."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from vitfeats.cli.shared import extractor_of, images_of, picture_files, say, settings_of
+from vitfeats.commands import Cosegment
+from vitfeats.configs import CosegmentConfig
+from vitfeats.errors import ConfigError
+
+
+def run_cosegment(command: Cosegment) -> int:
+    """Cut out what images share; a file that cannot be read is named and left out."""
+    from vitfeats.apps.cosegmentation import cosegment, halved, part_cosegment
+
+    options = command.options
+    changes = {
+        "size": options.size,
+        "stride": options.stride,
+        "refine": command.refine,
+        "outliers": command.outliers,
+    }
+    config = settings_of(command, CosegmentConfig, **changes)
+    if bool(command.images) == (command.sample is not None):
+        raise ConfigError("expected images, a folder of them, or --sample NAME; for example --sample portraits")
+    own = command.out.resolve()  # what an earlier run wrote is not what this one reads
+    images: list[Any] = [path for path in picture_files(command.images, deep=True) if own not in path.resolve().parents]
+    if command.sample is not None:
+        images = list(images_of((), command.sample))
+    extractor = extractor_of(dataclasses.replace(options, size=config.size, stride=config.stride))
+    settings: dict[str, Any] = {
+        "model": halved(extractor) if config.stride is None else extractor,
+        "config": config,
+        "seed": command.seed,
+        "batch_size": command.batch_size,
+        "skip_broken": True,
+        "progress": not command.json and len(images) > 1,
+    }
+    found = part_cosegment(images, command.parts, **settings) if command.parts else cosegment(images, **settings)
+    written = found.save(command.out)
+    failed = {str(images[place]): reason for place, reason in (found.failed or {}).items()}
+    empty = [segment.name for segment in found if not segment.share]
+    facts = {
+        "out": str(written),
+        "model": found.model,
+        "tap": found.tap,
+        "refined": found.refined,
+        "images": len(found),
+        "clusters": len(found.votes),
+        "parts": found.num_parts,
+        "empty": empty,
+        "failed": failed,
+    }
+    what = f", {found.num_parts} parts" if found.num_parts else ""
+    nothing = f"; nothing found in {len(empty)} of them" if empty else ""
+    say(command.json, facts, f"{command.out}: masks of {len(found)} image(s){what}, {found.refined}{nothing}")
+    for reason in failed.values():
+        print(f"vitfeats: {reason}", file=sys.stderr)
+    return 1 if failed else 0
