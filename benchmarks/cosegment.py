@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def photographs(count: int) -> list[Image.Image]:
     found = []
     for number in range(count):
         picture, (height, width) = whole[number % len(whole)], SIZES[number % len(SIZES)]
-        left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
+        left, top = int(rng.integers(picture.width - width + 1)), int(rng.integers(picture.height - height + 1))
         found.append(picture.crop((left, top, left + width, top + height)))
     return found
 
@@ -205,7 +206,9 @@ def extractor_of(model: str) -> vf.Extractor:
         return vf.load_extractor("mini", stride=8, device="cpu")
     torch.manual_seed(0)
     network = timm.create_model(model, pretrained=False, num_classes=0, dynamic_img_size=True)
-    return vf.load_extractor(network.eval(), size=224)
+    # Positions as timm resamples them, for the plain side does not know of DINO's rule.
+    card = replace(vf.load_extractor(network.eval()).card, position_rule="timm")
+    return vf.load_extractor(network, card=card, size=224)
 
 
 def _mb(size: float) -> str:

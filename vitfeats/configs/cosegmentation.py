@@ -18,8 +18,7 @@ class CosegmentConfig:
     ``dino_vits8``. The default asks less of a model.
 
     Attributes:
-        tap: What is clustered, facet@layer. Default: the output of the last block of a vision transformer; of other
-            models their usual tap.
+        tap: What is clustered, facet@layer. Default: the model's usual tap.
         size: Shorter side of the network's input in pixels, or height and width. Default: the model's own.
         stride: Step between tokens in pixels. Default: half the patch, where tokens can overlap.
         saliency: How likely each token is foreground: "attention" of CLS at the last block, as published; "border", how
@@ -32,7 +31,9 @@ class CosegmentConfig:
         most_clusters: Largest number that the elbow rule tries.
         every: Clusters are fitted on every n-th token; 0 is on all, or as many as `fit_tokens`, evenly spread.
         fit_tokens: Most tokens that clusters are fitted on.
-        restarts: First guesses of k-means, of which the best is kept.
+        clusterings: Of foreground "weighted", how often tokens are clustered, each from another first guess; weights
+            are averaged, so that less depends on the seed.
+        restarts: First guesses of each k-means, of which the best is kept.
         iterations: Most iterations of k-means.
         foreground: "votes": tokens of clusters that are salient in a share `votes` of the images, as published.
             "weighted": tokens whose saliency, times the mean saliency of their cluster over all images, is in the upper
@@ -66,6 +67,7 @@ class CosegmentConfig:
     most_clusters: int = 14
     every: int = 0
     fit_tokens: int = 20000
+    clusterings: int = 5
     restarts: int = 1
     iterations: int = 100
     foreground: Literal["weighted", "votes"] = "weighted"
@@ -87,7 +89,7 @@ class CosegmentConfig:
         one_of(self, "alone", "saliency", "pca")
         one_of(self, "refine", "auto", "grabcut", "guided", "none")
         require(self, 0, "clusters", "every", "crops")
-        require(self, 1, "most_clusters", "fit_tokens", "restarts", "iterations")
+        require(self, 1, "most_clusters", "fit_tokens", "clusterings", "restarts", "iterations")
         require(self, 32, "refine_size")
         require(self, 0, "elbow", "part_elbow", "threshold", "votes", "part_share", most=1)
         if self.outliers is not None:

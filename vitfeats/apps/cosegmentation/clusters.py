@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfeats.errors import ShapeError
+from vitfeats.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,11 @@ def fit_clusters(
         iterations: Most iterations for each.
 
     Raises:
+        ConfigError: If ``count`` is below 1.
         ShapeError: If there is no vector, or NaN or infinity among them.
     """
+    if count < 1:
+        raise ConfigError(f"expected at least 1 cluster, got {count}")
     if not len(vectors):
         raise ShapeError("expected at least one vector to cluster, got none")
     if not bool(vectors.sum(dtype=torch.float64).isfinite()):
@@ -100,8 +103,8 @@ def elbow_clusters(
 
 
 def _measured(centres: Float[Tensor, "count dim"], vectors: Float[Tensor, "n dim"]) -> Clusters:
-    clusters = Clusters(centres, 0.0)
-    total = sum(float(clusters.distances(part).amin(1).double().sum()) for part in vectors.split(8192))
+    exact = Clusters(centres.double(), 0.0)  # a distance is a difference of squares, which may be large
+    total = sum(float(exact.distances(part.double()).amin(1).sum()) for part in vectors.split(8192))
     return Clusters(centres, total)
 
 

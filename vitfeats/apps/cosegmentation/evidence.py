@@ -51,13 +51,13 @@ def stretched(values: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
 
 
 def cluster_saliency(
-    labels: Sequence[Int[Tensor, " tokens"]], saliency: Sequence[Float[Tensor, " tokens"]], count: int
+    labels: Sequence[Int[Tensor, " _"]], saliency: Sequence[Float[Tensor, " _"]], count: int
 ) -> Float[Tensor, "images count"]:
     """Return the mean saliency of each cluster's tokens in each image; NaN where an image has none of them.
 
     Args:
-        labels: Of each image, the cluster of each token, 0..count − 1.
-        saliency: Of each image, that of each token.
+        labels: Of each image (tokens,), the cluster of each token, 0..count − 1.
+        saliency: Of each image (tokens,), that of each token.
         count: Number of clusters.
     """
     rows = []
@@ -95,7 +95,7 @@ def inliers(cls: Float[Tensor, "images dim"], least: float) -> Bool[Tensor, " im
         ConfigError: If none has.
     """
     cosine = unit(cls) @ unit(cls.mean(0))
-    kept = cosine >= least
+    kept = cosine >= least - _FLAT  # of one image the cosine is 1, but for rounding
     if not bool(kept.any()):
         raise ConfigError(
             f"expected outliers= that some image passes, got {least}; the cosines go up to {float(cosine.max()):.3f}"
@@ -103,11 +103,11 @@ def inliers(cls: Float[Tensor, "images dim"], least: float) -> Bool[Tensor, " im
     return kept
 
 
-def common(labels: Sequence[Int[Tensor, " tokens"]], count: int, share: float) -> Bool[Tensor, " count"]:
+def common(labels: Sequence[Int[Tensor, " _"]], count: int, share: float) -> Bool[Tensor, " count"]:
     """Return which clusters appear in ``share`` of the images, rounded up.
 
     Args:
-        labels: Of each image, the clusters of its tokens.
+        labels: Of each image (tokens,), the clusters of its tokens.
         count: Number of clusters.
         share: 0..1.
     """

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitfeats.apps.cosegmentation.evidence import border_saliency, stretched
@@ -23,6 +22,7 @@ from vitfeats.errors import ConfigError, ImageError, ShapeError
 from vitfeats.extractors.base import Extractor
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.preprocess import ImageLike, load_image
+from vitfeats.resize import spread_map
 from vitfeats.similarity import unit
 from vitfeats.taps import Tap
 
@@ -43,11 +43,15 @@ class TokenStore:
         """Return the number of images."""
         return len(self._places)
 
+    def count(self, index: int) -> int:
+        """Return the number of tokens of an image."""
+        return self._places[index][1][0]
+
     def append(self, tokens: Float[Tensor, "tokens dim"]) -> None:
         """Add an image."""
         self._file.seek(0, os.SEEK_END)
         self._places.append((self._file.tell(), (tokens.shape[0], tokens.shape[1])))
-        self._file.write(tokens.to("cpu", torch.float16).contiguous().numpy().tobytes())
+        self._file.write(tokens.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
 
     def __getitem__(self, index: int) -> Float[Tensor, "tokens dim"]:
         """Return the tokens of an image, in float32."""
@@ -103,17 +107,29 @@ class ReadSet:
 
     Attributes:
         images: In the order in which they were read, which is of their own: that of their contents.
-        tokens: Unit vectors, an entry an image, in the same order; after them those of crops.
+        tokens: Unit vectors, an entry an image, in the same order; after them those of crops: all of the first image,
+            then all of the second, and so on.
         tap: What was clustered.
+        crops: How many of each image.
     """
 
     images: tuple[Read, ...]
     tokens: TokenStore
     tap: Tap
+    crops: int = 0
 
-    def fitted(self, masks: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return a mask for each entry of the tokens: of images as given, crops whole."""
-        return [*masks, *([None] * (len(self.tokens) - len(self.images)))]
+    def fitted(self, kept: Sequence[bool]) -> list[Tensor | None]:
+        """Return what of each entry of the tokens clusters are fitted on: nothing of images that are not kept."""
+        entries = [*kept, *(keep for keep in kept for _ in range(self.crops))]
+        return [None if keep else self.nothing(entry) for entry, keep in enumerate(entries)]
+
+    def of_crops(self) -> list[Tensor]:
+        """Return masks that leave out all crops, an entry a crop."""
+        return [self.nothing(entry) for entry in range(len(self.images), len(self.tokens))]
+
+    def nothing(self, entry: int) -> Bool[Tensor, " tokens"]:
+        """Return a mask of an entry's tokens that leaves out all."""
+        return torch.zeros(self.tokens.count(entry), dtype=torch.bool)
 
 
 def read_images(
@@ -170,9 +186,9 @@ def read_images(
         for number, found in enumerate(
             extractor.each(given(), list(dict.fromkeys(taps.values())), batch_size=batch_size)
         ):
+            for d in found.values():
+                _check_finite(d)
             d = found[taps["tokens"]]
-            if not bool(d.features.sum(dtype=torch.float64).isfinite()):
-                raise ShapeError(f"expected finite features, got NaN or infinity ({d.tap} of {d.model})")
             store.append(unit(d.features[0].float()))
             tap = d.tap
             read.append(_noted(loaded[number], found, taps, config))
@@ -182,21 +198,24 @@ def read_images(
     if config.crops:
         whole = [(images[one.place], digests[one.place]) for one in read]
         for d in extractor.each(_crops(whole, config.crops, seed), taps["tokens"], batch_size=batch_size):
+            _check_finite(d)
             store.append(unit(d.features[0].float()))
-    return ReadSet(tuple(read), store, tap)
+    return ReadSet(tuple(read), store, tap, config.crops)
 
 
 def taken_taps(extractor: Extractor, config: CosegmentConfig) -> dict[str, str]:
     """Return what is read, by what it is for: "tokens"; "border" and "attention" for saliency; "cls" for outliers.
 
     Raises:
-        ConfigError: If outliers are asked for, and the model has no CLS.
+        ConfigError: If the tap is none of tokens, or outliers are asked for, and the model has no CLS.
     """
     card = extractor.card
     numbered = not card.layers and Tap.parse(card.default_tap).facet in ("key", "query", "value", "token")
     # Of a vision transformer, the last block's output, which tells the border from what it encloses better than keys.
     last = "token@-1" if numbered else card.default_tap
-    taps = {"tokens": last if config.tap is None else config.tap}
+    taps = {"tokens": card.default_tap if config.tap is None else config.tap}
+    if Tap.parse(taps["tokens"]).facet in ("cls", "attention"):
+        raise ConfigError(f"expected a tap with features of each token, got '{taps['tokens']}'; for example 'key@-1'")
     if config.saliency in ("border", "both"):
         taps["border"] = last
     if config.saliency == "attention" or (config.saliency == "both" and card.has_cls and numbered):
@@ -209,31 +228,37 @@ def taken_taps(extractor: Extractor, config: CosegmentConfig) -> dict[str, str]:
 
 
 def digest(image: Any) -> str:
-    """Return a digest of what an image holds: of a path its file, of others their pixels."""
+    """Return a digest of what an image holds: of a path its file, of others their pixels as they are read."""
     found = hashlib.sha256()
-    if isinstance(image, str | os.PathLike):
-        path = Path(image)
-        # What is no regular file is refused later, by the one who reads it.
-        found.update(path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else os.fsencode(path))
-    elif isinstance(image, Image.Image):
-        with suppress(Exception):  # one that breaks off is refused by the one who reads it
-            found.update(f"{image.mode}{image.size}".encode() + image.tobytes())
-    elif isinstance(image, np.ndarray | Tensor):
-        array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-        found.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    # What cannot be read is refused later, by the one who needs it.
+    with suppress(ImageError, OSError):
+        if isinstance(image, str | os.PathLike):
+            path = Path(image)
+            found.update(path.read_bytes() if path.is_file() else os.fsencode(path))
+        else:
+            pixels = load_image(image).detach().cpu()
+            found.update(f"{tuple(pixels.shape)}".encode() + pixels.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _check_finite(d: Descriptor) -> None:
+    if not bool(d.features.sum(dtype=torch.float64).isfinite()):
+        raise ShapeError(f"expected finite features, got NaN or infinity ({d.tap} of {d.model})")
 
 
 def _noted(place: int, found: Descriptors, taps: dict[str, str], config: CosegmentConfig) -> Read:
     parts = []
     if "border" in taps:
-        parts.append(border_saliency(found[taps["border"]]).cpu())
+        parts.append(border_saliency(found[taps["border"]]))
     if "attention" in taps:
-        parts.append(attention_saliency(found[taps["attention"]], config.heads or None)[0].cpu())
-    saliency = parts[0] if len(parts) == 1 else stretched(parts[0] + _ATTENTION * parts[1])
+        parts.append(attention_saliency(found[taps["attention"]].detach(), config.heads or None)[0])
+    saliency = (parts[0] if len(parts) == 1 else stretched(parts[0] + _ATTENTION * parts[1])).cpu()
     d: Descriptor = found[taps["tokens"]]
+    if saliency.shape != (d.grid.rows, d.grid.cols):  # of a network whose layers have grids of their own
+        source = found[taps.get("border", taps["tokens"])].grid
+        saliency = spread_map(saliency[None, None], source, (d.grid.rows, d.grid.cols))[0, 0]
     cls = found[taps["cls"]].cls if "cls" in taps else None
-    return Read(place, d.grid, d.frames[0], saliency, None if cls is None else cls[0].float().cpu())
+    return Read(place, d.grid, d.frames[0], saliency, None if cls is None else cls[0].detach().float().cpu())
 
 
 def _crops(images: Sequence[tuple[ImageLike, str]], count: int, seed: int) -> Iterator[Tensor]:

@@ -62,7 +62,8 @@ def cosegment(
     Raises:
         ImageError: If an image cannot be read, unless ``skip_broken``.
         ConfigError: If there is no image, or settings do not fit the model or the images.
-        ShapeError: If an image is too long for the size, or features are not finite.
+        UnknownFacetError: If ``saliency="attention"``, and the model has none of CLS.
+        ShapeError: If an image is too long for the size, features are not finite, or there is no such head.
         MissingDependencyError: If ``refine="grabcut"``, and OpenCV is not installed.
         UnknownModelError, WeightsUnavailableError: As for :func:`~vitfeats.load_extractor`.
 
@@ -111,8 +112,8 @@ def part_cosegment(
 
     Raises:
         ConfigError: If ``num_parts`` is out of its range, or no image has a foreground.
-        ImageError, ShapeError, MissingDependencyError, UnknownModelError, WeightsUnavailableError: As
-            :func:`cosegment` does.
+        ImageError, ShapeError, UnknownFacetError, MissingDependencyError, UnknownModelError, WeightsUnavailableError:
+            As :func:`cosegment` does.
     """
     if not isinstance(num_parts, int) or not 1 <= num_parts <= 100:
         raise ConfigError(f"expected num_parts from 1 to 100, got {num_parts!r}")
@@ -133,9 +134,9 @@ class Coarse:
         votes: (clusters,), salient (clusters,) and weights (clusters,), as :class:`Cosegmentation` has them.
     """
 
-    labels: list[Int[Tensor, "rows cols"]]
-    front: list[Bool[Tensor, "rows cols"]]
-    score: list[Float[Tensor, "rows cols"]]
+    labels: list[Int[Tensor, "_ _"]]
+    front: list[Bool[Tensor, "_ _"]]
+    score: list[Float[Tensor, "_ _"]]
     threshold: float | None
     kept: list[bool]
     votes: Int[Tensor, " clusters"]
@@ -147,7 +148,7 @@ class Coarse:
 class Parts:
     """Parts on token grids: ``labels`` (rows, cols) an image, −1 for background, and their number."""
 
-    labels: list[Int[Tensor, "rows cols"]]
+    labels: list[Int[Tensor, "_ _"]]
     count: int
 
 
@@ -164,22 +165,29 @@ def find_foreground(read: ReadSet, config: CosegmentConfig, seed: int = 0) -> Co
     if len(saliency) == 1:
         return _alone(read, config)
     shapes = [tuple(values.shape) for values in saliency]
-    none = [torch.zeros(rows * cols, dtype=torch.bool) for rows, cols in shapes]
-    asked = read.fitted([None if keep else nothing for keep, nothing in zip(kept, none, strict=True)])
-    sample = read.tokens.sample(config.every, config.fit_tokens, asked)
-    clusters = _fitted(sample, config.clusters, config.elbow, config, seed)
-    labels = [clusters.nearest(read.tokens[index]) for index in range(len(saliency))]
+    sample = read.tokens.sample(config.every, config.fit_tokens, read.fitted(kept))
     voting = [index for index, keep in enumerate(kept) if keep]
-    means = cluster_saliency(
-        [labels[index] for index in voting], [saliency[index].flatten() for index in voting], len(clusters)
-    )
+
+    def clustered(run: int) -> tuple[list[Tensor], Tensor]:
+        """Return the cluster of each token, and the mean saliency of each cluster in each image that votes."""
+        clusters = _fitted(sample, config.clusters, config.elbow, config, _seed_of(seed, run))
+        labels = [clusters.nearest(read.tokens[index]) for index in range(len(saliency))]
+        heard = [labels[index] for index in voting], [saliency[index].flatten() for index in voting]
+        return labels, cluster_saliency(*heard, len(clusters))
+
+    labels, means = clustered(0)
     votes, weights = count_votes(means, config.threshold), cluster_weights(means)
     salient = elect(votes, len(voting), config.votes)
     threshold = None
     if config.foreground == "votes":
         score, front = saliency, [salient[numbers] for numbers in labels]
     else:
-        score = [values * weights[numbers].view_as(values) for values, numbers in zip(saliency, labels, strict=True)]
+        shared = [weights[numbers] / config.clusterings for numbers in labels]
+        for run in range(1, config.clusterings):
+            again, means = clustered(run)
+            other = cluster_weights(means) / config.clusterings
+            shared = [total + other[numbers] for total, numbers in zip(shared, again, strict=True)]
+        score = [values * weight.view_as(values) for values, weight in zip(saliency, shared, strict=True)]
         threshold = _threshold([score[index] for index in voting])
         front = [values.flatten() > threshold for values in score]
     return Coarse(
@@ -207,8 +215,9 @@ def find_parts(read: ReadSet, coarse: Coarse, count: int, config: CosegmentConfi
     if config.stages == 3:
         front = _shared(read, front, with_object, config, seed)
         with_object = [index for index, inside in enumerate(front) if bool(inside.any())]
-    none = [torch.zeros(len(read.tokens[entry]), dtype=torch.bool) for entry in range(len(front), len(read.tokens))]
-    sample = read.tokens.sample(config.every if len(with_object) > 50 else 0, config.fit_tokens, [*front, *none])
+    sample = read.tokens.sample(
+        config.every if len(with_object) > 50 else 0, config.fit_tokens, [*front, *read.of_crops()]
+    )
     best: tuple[Clusters, Tensor] | None = None
     for tried in range(count, _MORE_PARTS * count + 1):
         clusters = fit_clusters(
@@ -238,10 +247,9 @@ def find_parts(read: ReadSet, coarse: Coarse, count: int, config: CosegmentConfi
 
 def _shared(
     read: ReadSet, front: list[Tensor], with_object: list[int], config: CosegmentConfig, seed: int
-) -> list[Bool[Tensor, " tokens"]]:
+) -> list[Bool[Tensor, " _"]]:
     """Return the foreground without clusters of it that too few images have: the second of three stages."""
-    none = [torch.zeros(len(read.tokens[entry]), dtype=torch.bool) for entry in range(len(front), len(read.tokens))]
-    sample = read.tokens.sample(0, config.fit_tokens, [*front, *none])
+    sample = read.tokens.sample(0, config.fit_tokens, [*front, *read.of_crops()])
     clusters = _fitted(sample, 0, config.part_elbow, config, seed)
     labels = {index: clusters.nearest(read.tokens[index][front[index]]) for index in with_object}
     shared = common(list(labels.values()), len(clusters), config.votes)
@@ -260,6 +268,11 @@ def _fitted(sample: Tensor, count: int, elbow: float, config: CosegmentConfig, s
     return elbow_clusters(sample, elbow=elbow, most=config.most_clusters, **how)
 
 
+def _seed_of(seed: int, run: int) -> int:
+    """Return the seed of one of several clusterings; those of two seeds have none in common."""
+    return seed if run == 0 else int(np.random.SeedSequence([seed, run]).generate_state(1)[0]) % 2**31
+
+
 def _alone(read: ReadSet, config: CosegmentConfig) -> Coarse:
     """Split one image without others."""
     (one,) = read.images
@@ -275,7 +288,7 @@ def _alone(read: ReadSet, config: CosegmentConfig) -> Coarse:
     return Coarse([labels], [front], [one.saliency], threshold, [True], nothing.long(), nothing.bool(), nothing)
 
 
-def _threshold(scores: Sequence[Float[Tensor, "rows cols"]]) -> float:
+def _threshold(scores: Sequence[Float[Tensor, "_ _"]]) -> float:
     values = torch.cat([score.flatten() for score in scores])
     return two_means(values) if len(values) > 1 else float(values)
 
@@ -294,6 +307,8 @@ def _begun(
     given: list[ImageLike] = list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         given = list(images)
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ConfigError(f"expected a seed from 0 to {2**31 - 1}, got {seed!r}")
     settings = config or CosegmentConfig()
     method = method_of(settings.refine)  # before the work begins
     extractor = _extractor(model, settings, device)
@@ -369,12 +384,10 @@ class _Job:
         if parts is None:
             return found
         numbers = parts.labels[index]
-        return replace(found, labels=numbers, part_alpha=self._part_map(one, numbers, parts.count, small, alpha > 127))
+        return replace(found, labels=numbers, part_map=self._part_map(one, numbers, parts.count, small))
 
-    def _part_map(
-        self, one: Read, numbers: Tensor, count: int, image: Tensor, mask: Bool[np.ndarray, "height width"]
-    ) -> Int[np.ndarray, "height width"]:
-        """Return the part of each pixel of the mask: that of the tokens around it, with edges as in the image."""
+    def _part_map(self, one: Read, numbers: Tensor, count: int, image: Tensor) -> Int[np.ndarray, "height width"]:
+        """Return the part of each pixel, were it foreground: that of the tokens around it, with the image's edges."""
         size = (image.shape[1], image.shape[2])
         maps = torch.stack([(numbers == part).float() for part in range(count)])[None]
         fine = spread_map(maps, one.grid, size)[0]
@@ -382,8 +395,7 @@ class _Job:
             fine = guided(fine, image)
         nearest = _nearest_part(numbers, one, size)
         # Where no part's map is above 0, a mask that grew beyond its tokens has the part of the nearest one.
-        found = torch.where(fine.amax(0) > 1e-3, fine.argmax(0), nearest).numpy()
-        return np.where(mask, found, -1).astype(np.int64)
+        return torch.where(fine.amax(0) > 1e-3, fine.argmax(0), nearest).numpy()
 
 
 def _nearest_part(numbers: Int[Tensor, "rows cols"], one: Read, size: tuple[int, int]) -> Int[Tensor, "height width"]:

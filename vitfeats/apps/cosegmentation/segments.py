@@ -22,6 +22,7 @@ from vitfeats.preprocess import ImageLike, load_image, to_pil
 from vitfeats.runs import finite, save_image
 
 _SHOWN = 32  # most images in the overview
+_SIDE = 256  # of a picture in it, in pixels
 _HALF = 127
 _COLOURS = np.array(  # of parts, one after the other; told apart by most colour-blind people (Okabe and Ito, 2008)
     [
@@ -46,8 +47,8 @@ class Segment:
         grid: The token grid.
         frame: The sizes of the source and of what the network saw.
         outlier: Whether the image was left out, by its CLS; its mask is empty then.
-        part_alpha: (height, width) of whole numbers, the part of each pixel, −1 for background, on the same image as
-            ``alpha``; None without parts.
+        part_map: (height, width) of whole numbers, the part that each pixel has if it is foreground, on the same image
+            as ``alpha``; None without parts.
     """
 
     image: ImageLike
@@ -58,7 +59,7 @@ class Segment:
     grid: PatchGrid
     frame: Frame
     outlier: bool = False
-    part_alpha: Int[np.ndarray, "height width"] | None = None
+    part_map: Int[np.ndarray, "height width"] | None = None
 
     @property
     def mask(self) -> Bool[np.ndarray, "height width"]:
@@ -78,11 +79,11 @@ class Segment:
     @property
     def parts(self) -> Int[np.ndarray, "height width"] | None:
         """The part of each pixel of the source, −1 for background; None without parts."""
-        if self.part_alpha is None:
+        if self.part_map is None:
             return None
         height, width = self.frame.source_size
-        numbers = Image.fromarray((self.part_alpha + 1).astype(np.uint8))
-        return np.asarray(numbers.resize((width, height), Image.Resampling.NEAREST)).astype(np.int64) - 1
+        numbers = Image.fromarray(self.part_map.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+        return np.where(self.mask, np.asarray(numbers).astype(np.int64), -1)
 
     def cutout(self) -> Image.Image:
         """Return the image with the background transparent (RGBA)."""
@@ -154,19 +155,21 @@ class Cosegmentation(Sequence[Segment]):
         return f"Cosegmentation({len(self)} images, {len(self.votes)} clusters{what}, {self.tap} of {self.model})"
 
     @property
-    def masks(self) -> list[Bool[np.ndarray, "height width"]]:
+    def masks(self) -> list[Bool[np.ndarray, "_ _"]]:
         """The mask of each image, in its own size."""
         return [segment.mask for segment in self.segments]
 
     def overview(self, columns: int = 8) -> Image.Image:
         """Draw images above their overlays, in rows; the first 32 of many."""
         shown = self.segments[:_SHOWN]
+        columns = min(columns, len(shown))
         pictures: list[Image.Image] = []
         for start in range(0, len(shown), columns):
             row = shown[start : start + columns]
-            pictures += [_thumbnail(to_pil(load_image(segment.image))) for segment in row]
-            pictures += [_thumbnail(segment.overlay()) for segment in row]
-        return plot.side_by_side(pictures, columns=min(columns, len(shown)))
+            blank = [Image.new("RGB", (_SIDE, _SIDE), "white")] * (columns - len(row))
+            pictures += [*(_thumbnail(to_pil(load_image(segment.image))) for segment in row), *blank]
+            pictures += [*(_thumbnail(segment.overlay()) for segment in row), *blank]
+        return plot.side_by_side(pictures, columns=columns)
 
     def save(self, folder: Path | str) -> Path:
         """Write masks, cut-outs, overlays, parts, what tokens were found to be, and cosegmentation.json.
@@ -272,10 +275,10 @@ def _outline(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height
     return mask & outside.numpy()
 
 
-def _thumbnail(picture: Image.Image, side: int = 256) -> Image.Image:
-    """Return a picture reduced to a square of this side, white around it."""
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    """Return a picture reduced into a square, white around it."""
     reduced = picture.copy()
-    reduced.thumbnail((side, side))
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(reduced, ((side - reduced.width) // 2, (side - reduced.height) // 2))
+    reduced.thumbnail((_SIDE, _SIDE))
+    square = Image.new("RGB", (_SIDE, _SIDE), "white")
+    square.paste(reduced, ((_SIDE - reduced.width) // 2, (_SIDE - reduced.height) // 2))
     return square
