@@ -51,7 +51,7 @@ from vitfeats.similarity import unit
 IMAGES, MANY = 20, 200
 SMALL, TINY = "vit_small_patch8_224", "vit_tiny_patch16_224"
 SIZES = ((240, 320), (320, 240), (260, 260))
-CONFIG = CosegmentConfig()
+CONFIG = CosegmentConfig(clusterings=1)
 Read = list[tuple[vf.Descriptor, Tensor, Tensor]]
 
 

@@ -4,6 +4,7 @@ Writes docs/assets/NAME.jpg for every name of :data:`PICTURES`, each below 150 k
 """
 
 import json
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -353,6 +354,31 @@ def style_losses(_extractor: vf.Extractor) -> Image.Image:
     return sheet(panels, columns=3, width=420)
 
 
+def cosegment(_extractor: vf.Extractor) -> Image.Image:
+    """Draw four photographs with a flower in them, and what is found there: the flower, and its parts."""
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "cosegment.py"))
+    images, _ = example["pasted"]()
+    runs = (
+        ("found", vf.cosegment(images, model="mini")),
+        ("three parts", vf.part_cosegment(images, 3, model="mini")),
+    )
+    panels = [("image", squared(picture)) for picture in images]
+    panels += [(named, squared(segment.overlay())) for named, run in runs for segment in run]
+    return sheet(panels, columns=4, width=230)
+
+
+def cutouts(_extractor: vf.Extractor) -> Image.Image:
+    """Draw single photographs cut out, on a pale ground."""
+    panels = []
+    for name in ("flower", "coffee", "astronaut"):
+        (segment,) = vf.cosegment(vf.samples.load(name)[0], model="mini")
+        cut = segment.cutout()
+        ground = Image.new("RGB", cut.size, (215, 235, 225))
+        ground.paste(cut, (0, 0), cut)
+        panels += [(name, squared(vf.samples.load(name)[0])), ("cut out", squared(ground))]
+    return sheet(panels, columns=6, width=165)
+
+
 def squared(picture: Image.Image) -> Image.Image:
     """Return the middle square of a picture."""
     side = min(picture.size)
@@ -388,6 +414,8 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         styles,
         styles_regions,
         style_losses,
+        cosegment,
+        cutouts,
     )
 }
 """Every picture by its name."""
