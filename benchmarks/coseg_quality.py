@@ -112,10 +112,11 @@ def rows(extractor: vf.Extractor) -> Mapping[str, Callable[[Sequence[np.ndarray]
         "guided filter in place of GrabCut": found(refine="guided"),
         "not refined": found(refine="none"),
         "each image alone": alone,
-        "keys in place of tokens": found(tap="key@-1"),
+        "tokens in place of keys": found(tap="token@-1"),
         "saliency at the border alone": found(saliency="border"),
         "attention alone": found(saliency="attention"),
         "elbow and votes": found(clusters=0, foreground="votes", restarts=5),
+        "one clustering": found(clusterings=1),
         "as published, but for stride and heads": found(
             clusters=0, foreground="votes", saliency="attention", tap="key@-1", restarts=5, threshold=0.065, every=10
         ),

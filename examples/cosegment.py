@@ -3,8 +3,8 @@
 The masks that are found are measured against where the flower was put: intersection over union, beside an ellipse in
 the middle of the image. Then its parts. Half a minute on a CPU.
 
-    python examples/cosegment.py --out cosegmentation
-    python examples/cosegment.py --images my_folder --out cosegmentation
+    python examples/cosegment.py --out cosegmentation.png
+    python examples/cosegment.py --images my_folder --out cosegmentation.png
 """
 
 import sys
@@ -15,6 +15,7 @@ from PIL import Image
 
 import vitfeats as vf
 from vitfeats.apps.evaluation import foreground_iou
+from vitfeats.pictures import SUFFIXES
 
 PLACES = ((0.55, 0.1, 0.1), (0.7, 0.5, 0.3), (0.45, 0.6, 0.4), (0.6, 0.25, 0.35))  # height, left, top
 
@@ -23,7 +24,12 @@ def pasted() -> tuple[list[Image.Image], list[np.ndarray]]:
     """Return four photographs with a flower in them, and masks of where it is."""
     (flower,) = vf.cosegment(vf.samples.flower(), model="mini")
     cut = flower.cutout().crop(flower.box)
-    behind = [vf.samples.texture("grass"), vf.samples.china(), vf.samples.texture("brick"), vf.samples.texture("gravel")]
+    behind = [
+        vf.samples.texture("grass"),
+        vf.samples.china(),
+        vf.samples.texture("brick"),
+        vf.samples.texture("gravel"),
+    ]
     images, masks = [], []
     for picture, (share, left, top) in zip(behind, PLACES, strict=True):
         height = round(share * picture.height)
@@ -43,23 +49,28 @@ def ellipse(width: int, height: int, size: float = 0.6) -> np.ndarray:
     return np.hypot(2 * x / width - 1, 2 * y / height - 1) <= size
 
 
-def main(out: Path = Path("cosegmentation"), folder: Path | None = None) -> Path:
-    """Find what images share, write it, and print how right it is where that is known."""
+def main(out: Path = Path("cosegmentation.png"), folder: Path | None = None) -> Path:
+    """Find what images share, and its parts; write a picture, and print how right it is where that is known."""
+    images, masks = (pictures_of(folder), []) if folder is not None else pasted()
+    found = vf.cosegment(images, model="mini", skip_broken=True)
+    parts = vf.part_cosegment(images, 3, model="mini", skip_broken=True)
+    vf.plot.side_by_side([found.overview(), parts.overview()], ["found", "its parts"]).save(out)
+    print(f"wrote {out}: images, what they share, and its parts\n")
     if folder is not None:
-        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-        found = vf.cosegment(images, model="mini", skip_broken=True, progress=True)
-        return found.save(out)
-    pictures, masks = pasted()
-    found = vf.cosegment(pictures, model="mini")
+        print(f"masks and cut-outs: {found.save(out.with_suffix('')).parent}")
+        return out
     print("| image | found | ellipse in the middle |\n|---|---|---|")
     for segment, true in zip(found, masks, strict=True):
         fool = foreground_iou(ellipse(true.shape[1], true.shape[0]), true)
         print(f"| {segment.name} | {foreground_iou(segment.mask, true):.2f} | {fool:.2f} |")
-    parts = vf.part_cosegment(pictures, 3, model="mini")
-    parts.save(out / "parts")
-    return found.save(out)
+    return out
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """Return the pictures of a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 if __name__ == "__main__":
     given = dict(zip(sys.argv[1::2], map(Path, sys.argv[2::2]), strict=False))
-    print(f"wrote {main(given.get('--out', Path('cosegmentation')), given.get('--images'))}")
+    main(given.get("--out", Path("cosegmentation.png")), given.get("--images"))
