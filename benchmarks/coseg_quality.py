@@ -26,6 +26,7 @@ import torch
 from measuring import threads
 from PIL import Image
 from scipy import ndimage
+from skimage import measure
 from skimage.color import rgb2lab
 from sklearn.cluster import KMeans
 
@@ -173,11 +174,11 @@ def cut_out(pixels: np.ndarray, fill: bool) -> Cut | None:
     mask = ndimage.binary_closing(np.pad(mask, 3), np.ones((3, 3)))[3:-3, 3:-3]
     if fill:
         mask = ndimage.binary_fill_holes(mask)
-    found: Any = ndimage.label(mask, np.ones((3, 3)))
-    sizes = np.bincount(found[0].ravel())[1:]
+    labels = measure.label(mask, connectivity=2)
+    sizes = np.bincount(labels.ravel())[1:]
     if not len(sizes) or sizes.max() < 0.95 * sizes.sum():  # several objects
         return None
-    mask = found[0] == sizes.argmax() + 1
+    mask = labels == sizes.argmax() + 1
     if mask.mean() < 0.05:
         return None
     rows, cols = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
@@ -214,7 +215,8 @@ def refined_ellipses(images: Sequence[np.ndarray], size: float) -> Masks:
 def refined(image: np.ndarray, mask: np.ndarray, score: np.ndarray | None = None) -> np.ndarray:
     """Return a mask, refined as masks of tokens are."""
     # Without a score, the deeper inside the clearer.
-    deep = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
+    inside, outside = (np.asarray(ndimage.distance_transform_edt(side)) for side in (mask, ~mask))
+    deep = inside - outside
     values = np.asarray(deep if score is None else score, np.float32)
     found = refine_mask(load_image(image), torch.from_numpy(mask), torch.from_numpy(values), method_of("auto"))
     return found > 127

@@ -2,8 +2,8 @@
 
 The plain way is how scripts do it: one whole forward pass for the tokens, a hook on the last block; a second one for
 the saliency, with the attention matrix of all tokens and heads written out; tokens of all images in a list in memory.
-What follows, clusters, weights and GrabCut, is the same on both sides, and both must find the same: tokens to 2e-3
-(float16 in our file), saliency to 1e-3.
+What follows, one clustering, weights and GrabCut, is the same functions on both sides. Both must read the same: tokens
+to 2e-3 (float16 in our file), saliency to 1e-3.
 
 The photographs are crops of those in `vitfeats.samples`, of three shapes. The network is a ViT-S/8 of random weights at
 224 pixels, which takes as long as a trained one; the time depends on neither.
@@ -51,7 +51,7 @@ from vitfeats.similarity import unit
 IMAGES, MANY = 20, 200
 SMALL, TINY = "vit_small_patch8_224", "vit_tiny_patch16_224"
 SIZES = ((240, 320), (320, 240), (260, 260))
-CONFIG = CosegmentConfig(clusterings=1)
+CONFIG = CosegmentConfig(tap="token@-1", clusterings=1)
 Read = list[tuple[vf.Descriptor, Tensor, Tensor]]
 
 

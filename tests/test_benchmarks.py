@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from families import FAMILIES
+from scipy import ndimage
 
 import vitfeats as vf
 
@@ -26,7 +28,7 @@ def module(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["log_binning", "matching", "style"])
+@pytest.mark.parametrize("name", ["log_binning", "matching", "style", "cosegment"])
 def test_it_runs_on_small_numbers(name):
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--fast"],
@@ -84,6 +86,79 @@ def test_style_wants_the_same_image_from_both(module, monkeypatch):
     monkeypatch.setattr(style, "plain", lambda *args, **rest: (mean := style.adaattn.attend(*args, **rest), 0 * mean))
     with pytest.raises(AssertionError, match="expected the same image of 48 px from both in float64"):
         style._agree(48)
+
+
+def disk(height: int, width: int, radius: float) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.hypot(y - height / 2, x - width / 2) < radius
+
+
+def test_objects_on_white_are_cut_out(module):
+    cut_out = module("coseg_quality").cut_out
+    whole, hole = disk(60, 80, 20), disk(60, 80, 8)
+    for object_, fill, wanted in ((whole, False, whole), (whole & ~hole, True, whole), (whole & ~hole, False, None)):
+        picture = np.where(object_[..., None], np.array([40, 60, 160]), 250).astype(np.uint8)
+        cut = cut_out(picture, fill)
+        wanted = object_ if wanted is None else wanted
+        rows, cols = np.nonzero(wanted.any(1))[0], np.nonzero(wanted.any(0))[0]
+        assert cut.pixels.shape[:2] == cut.mask.shape == (np.ptp(rows) + 1, np.ptp(cols) + 1)
+        assert (cut.mask ^ wanted[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]).mean() < 0.02
+        assert np.array_equal(cut.pixels, picture[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
+
+
+def test_what_is_no_single_object_on_white_is_not_cut_out(module):
+    cut_out = module("coseg_quality").cut_out
+    two = np.full((60, 80, 3), 255, np.uint8)
+    two[20:40, 10:30] = two[20:40, 50:70] = 30
+    dark = np.where(disk(60, 80, 20)[..., None], 20, 150).astype(np.uint8).repeat(3, 2)
+    small = np.where(disk(60, 80, 6)[..., None], 20, 255).astype(np.uint8).repeat(3, 2)
+    for picture in (two, dark, small, np.full_like(two, 255)):
+        assert cut_out(picture, True) is None
+
+
+def test_objects_are_pasted_where_the_mask_says(module):
+    quality = module("coseg_quality")
+    mask = disk(41, 31, 15.5)
+    cut = quality.Cut(np.where(mask[..., None], np.array([255, 0, 0]), 255).astype(np.uint8), mask)
+    places = set()
+    for seed in range(5):
+        behind = np.random.default_rng(seed).integers(0, 100, (60, 90, 3), dtype=np.uint8)
+        image, found = quality.paste(cut, behind, np.random.default_rng(seed))
+        assert (image.shape, image.dtype, found.shape, found.dtype) == ((60, 90, 3), np.uint8, (60, 90), bool)
+        inside, outside = ndimage.binary_erosion(found, iterations=3), ~ndimage.binary_dilation(found, iterations=4)
+        assert inside.any()
+        assert (image[inside] == (255, 0, 0)).all(1).mean() > 0.95
+        assert np.array_equal(image[outside], behind[outside])
+        rows, cols = np.nonzero(found.any(1))[0], np.nonzero(found.any(0))[0]
+        # The sides of the mask of 41 by 31 have a margin: its disk is 31 wide and high.
+        assert 0.5 * 60 * 31 / 41 - 2 <= np.ptp(rows) + 1 <= 0.85 * 60 * 31 / 41 + 2
+        places.add((int(rows[0]), int(cols[0])))
+    assert len(places) == 5
+
+
+def test_ellipses_have_their_share_of_the_sides(module):
+    ellipses = module("coseg_quality").ellipses
+    images = [np.zeros((60, 90, 3), np.uint8), np.zeros((41, 33, 3), np.uint8)]
+    for size in (0.3, 0.5, 1.0):
+        for image, mask in zip(images, ellipses(images, size), strict=True):
+            assert mask.shape == image.shape[:2]
+            assert mask.mean() == pytest.approx(np.pi / 4 * size**2, abs=0.01)
+            assert np.array_equal(mask, mask[::-1, ::-1])
+            assert np.ptp(np.nonzero(mask.any(1))[0]) + 1 == pytest.approx(size * image.shape[0], abs=2)
+            assert np.ptp(np.nonzero(mask.any(0))[0]) + 1 == pytest.approx(size * image.shape[1], abs=2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_colours_that_the_border_has_less_of_are_foreground(module, count):
+    inside = disk(60, 80, 18)
+    picture = np.where(inside[..., None], np.array([200, 40, 30]), np.array([40, 120, 60])).astype(np.uint8)
+    if count == 3:  # two colours behind, both of which reach the border
+        picture[30:][~inside[30:]] = (40, 60, 160)
+    picture = (picture + np.random.default_rng(0).integers(0, 4, picture.shape)).astype(np.uint8)
+    found = module("coseg_quality").colours(picture, count)
+    assert found[inside].all()
+    assert not found[:29][~inside[:29]].any()
+    assert count == 3 or np.array_equal(found, inside)
 
 
 def test_pairs_are_run_in_turns_and_compared(module):

@@ -815,3 +815,220 @@ def test_one_method_is_trained_the_one_of_the_file_or_of_the_flag(capsys, tmp_pa
     code, _, err = run(capsys, *given, "--out", tmp_path / "other", "--method", "adain")
     assert code == 1
     assert f"expected one method, got --method adain and 'sanet' in '{settings}'" in err
+
+
+# cosegment ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def balls(tmp_path):
+    """A folder of three pictures of a chequered ball, one of them in a folder in it."""
+    folder = tmp_path / "balls"
+    (folder / "more").mkdir(parents=True)
+    for seed, (name, (height, width)) in enumerate(
+        {"a.png": (64, 80), "b.jpg": (72, 56), "more/c.png": (64, 64)}.items()
+    ):
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[:height, :width]
+        ball = (y - height * (0.4 + 0.1 * seed)) ** 2 + (x - width / 2) ** 2 < 18**2
+        chequers = ((x // 5 + y // 5) % 2)[..., None] * np.array([200, -10, -20]) + np.array([40, 30, 30])
+        behind = rng.integers(60, 140, 3) + rng.normal(0, 3, (height, width, 3))
+        picture = np.where(ball[..., None], chequers, behind).clip(0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(folder / name, quality=95)
+    return folder
+
+
+COSEGMENT = ["cosegment", *SMALL, "--refine", "none"]
+
+
+def files_in(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def masks_in(folder) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()}
+
+
+def test_cosegment_writes_masks_of_a_folder_and_those_in_it_but_for_broken_files(capsys, tmp_path, balls):
+    broken = balls / "more" / "broken.png"
+    broken.write_text("not a picture")
+    (balls / "notes.txt").write_text("not read")
+    out = tmp_path / "new" / "found"
+    code, said, err = run(capsys, *COSEGMENT, balls, "--out", out, "--json")
+    assert code == 1
+    assert err == f"vitfeats: expected an image, but '{broken}' is not one that Pillow can read\n"
+    facts = json.loads(said)
+    assert facts == {
+        "out": str(out / "cosegmentation.json"),
+        "model": "mini",
+        "tap": "key@11",
+        "refined": "none",
+        "images": 3,
+        "clusters": 40,
+        "parts": 0,
+        "empty": [],
+        "failed": {str(broken): f"expected an image, but '{broken}' is not one that Pillow can read"},
+    }
+    kinds = ("masks", "cutouts", "overlays")
+    expected = {f"{kind}/{name}.png" for kind in kinds for name in "abc"}
+    assert files_in(out) == expected | {"cosegmentation.json", "overview.png", "tokens.npz"}
+    extractor = vf.load_extractor(size=112, stride=8, device="cpu")
+    paths = [balls / "a.png", balls / "b.jpg", balls / "more" / "c.png"]
+    wanted = vf.cosegment(paths, model=extractor, config=vf.configs.CosegmentConfig(refine="none"))
+    masks = masks_in(out)
+    for segment in wanted:
+        assert np.array_equal(masks[segment.name], segment.mask * 255)
+        assert 0 < segment.share < 0.7
+    code, said, err = run(capsys, *COSEGMENT, *paths, "--out", tmp_path / "files", "--seed", 1)
+    assert (code, said) == (0, f"{tmp_path / 'files'}: masks of 3 image(s), none\n")
+    assert "reading" in err
+    assert "vitfeats" not in err
+    assert json.loads((tmp_path / "files" / "cosegmentation.json").read_text())["seed"] == 1
+
+
+def test_cosegment_does_not_read_what_it_wrote_itself(capsys, monkeypatch, balls):
+    monkeypatch.chdir(balls)
+    given = [*COSEGMENT, ".", "--json"]
+    code, first, _ = run(capsys, *given)
+    assert (code, json.loads(first)["out"]) == (0, "cosegmentation/cosegmentation.json")
+    names, masks = files_in(balls), masks_in(balls / "cosegmentation")
+    assert len(masks) == 3
+    assert run(capsys, *given)[:2] == (0, first)
+    assert files_in(balls) == names
+    again = masks_in(balls / "cosegmentation")
+    assert all(np.array_equal(again[name], mask) for name, mask in masks.items())
+    # Another folder's masks are pictures like any other.
+    code, said, _ = run(
+        capsys, "cosegment", ".", "--size", 32, "--device", "cpu", "--refine", "none", "--out", "other", "--json"
+    )
+    assert (code, json.loads(said)["images"]) == (0, 3 + len([name for name in names if name.startswith("coseg")]) - 2)
+    code, said, err = run(capsys, *COSEGMENT, "cosegmentation")
+    assert (code, said) == (1, "")
+    assert "ConfigError: expected pictures in 'cosegmentation', got only those that an earlier run wrote" in err
+
+
+def test_cosegment_finds_parts(capsys, tmp_path, balls):
+    out = tmp_path / "out"
+    code, said, _ = run(capsys, *COSEGMENT, balls, "--out", out, "--parts", 2, "--json")
+    facts = json.loads(said)
+    assert (code, facts["parts"], facts["images"]) == (0, 2, 3)
+    assert {path.name for path in (out / "parts").iterdir()} == {"a.png", "b.png", "c.png"}
+    for name, mask in masks_in(out).items():
+        parts = np.asarray(Image.open(out / "parts" / f"{name}.png"))
+        assert np.array_equal(parts > 0, mask > 0)
+        assert set(np.unique(parts)) <= {0, 1, 2}
+    code, said, _ = run(capsys, *COSEGMENT, balls, "--out", out, "--parts", 1)
+    assert (code, said) == (0, f"{out}: masks of 3 image(s), 1 parts, none\n")
+
+
+def test_cosegment_takes_a_sample(capsys, tmp_path):
+    code, said, err = run(capsys, *COSEGMENT, "--sample", "portraits", "--out", tmp_path / "out", "--json")
+    facts = json.loads(said)
+    assert (code, err, facts["images"], facts["failed"]) == (0, "", 2, {})
+    sizes = [image.size for image in vf.samples.load("portraits")]
+    assert [mask.shape[::-1] for _, mask in sorted(masks_in(tmp_path / "out").items())] == sizes
+
+
+def test_cosegment_takes_settings_of_a_file_and_flags_in_place_of_them(capsys, tmp_path, balls):
+    file, out = tmp_path / "settings.yaml", tmp_path / "out"
+    file.write_text("preset: reference\nheads: []\nsize: 64\nstride: 16\nevery: 3\nrefine: none\nrestarts: 1\n")
+    given = ["cosegment", balls, "--config", file, "--device", "cpu", "--out", out, "--json"]
+    code, said, _ = run(capsys, *given)
+    written = json.loads((out / "cosegmentation.json").read_text())
+    assert (code, json.loads(said)["refined"]) == (0, "none")
+    settings = written["settings"]
+    assert (settings["foreground"], settings["saliency"], settings["clusters"]) == ("votes", "attention", 0)
+    assert (settings["threshold"], settings["heads"], settings["every"], settings["size"]) == (0.065, [], 3, 64)
+    with np.load(out / "tokens.npz") as arrays:
+        assert [arrays[f"{image}_labels"].shape for image in range(3)] == [(4, 5), (5, 4), (4, 4)]
+    code, said, _ = run(capsys, *given, "--refine", "guided", "--size", 96, "--stride", 8, "--outliers", -1)
+    settings = json.loads((out / "cosegmentation.json").read_text())["settings"]
+    assert (code, json.loads(said)["refined"]) == (0, "guided")
+    assert (settings["refine"], settings["size"], settings["stride"], settings["outliers"]) == ("guided", 96, 8, -1)
+    assert settings["every"] == 3
+    with np.load(out / "tokens.npz") as arrays:
+        assert arrays["2_labels"].shape == (11, 11)
+
+
+@pytest.mark.parametrize(("stride", "rows"), [(None, 13), (16, 7), (8, 13), (4, 25)])
+def test_cosegment_overlaps_tokens_unless_there_is_a_stride(capsys, tmp_path, balls, stride, rows):
+    out = tmp_path / "out"
+    others = [] if stride is None else ["--stride", stride]
+    code, _, _ = run(capsys, *COSEGMENT, balls / "more" / "c.png", "--out", out, *others)
+    assert code == 0
+    with np.load(out / "tokens.npz") as arrays:
+        assert arrays["0_labels"].shape == (rows, rows)
+
+
+@pytest.mark.parametrize("refine", ["guided", "grabcut", "auto"])
+def test_cosegment_refines_as_it_is_told(capsys, tmp_path, balls, refine):
+    if refine == "grabcut":
+        pytest.importorskip("cv2")
+    out = tmp_path / "out"
+    code, said, _ = run(capsys, "cosegment", balls, *SMALL, "--refine", refine, "--out", out, "--json")
+    found = json.loads(said)["refined"]
+    assert (code, json.loads((out / "cosegmentation.json").read_text())["refined"]) == (0, found)
+    assert found in (("guided", "grabcut") if refine == "auto" else (refine,))
+
+
+def test_cosegment_says_in_which_images_nothing_was_found(capsys, tmp_path, balls):
+    (tmp_path / "settings.yaml").write_text("foreground: votes\nthreshold: 1\n")
+    given = [*COSEGMENT, balls, "--config", tmp_path / "settings.yaml", "--out", tmp_path / "out"]
+    code, said, _ = run(capsys, *given)
+    assert (code, said) == (0, f"{tmp_path / 'out'}: masks of 3 image(s), none; nothing found in 3 of them\n")
+    code, said, _ = run(capsys, *given, "--json")
+    assert (code, json.loads(said)["empty"]) == (0, ["a", "b", "c"])
+    code, _, err = run(capsys, *given, "--parts", 2)
+    assert code == 1
+    assert "ConfigError: expected images that share a foreground, but no token is" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "ConfigError: expected images, a folder of them, or --sample NAME; for example --sample portraits"),
+        (["balls", "--sample", "portraits"], "ConfigError: expected images, a folder of them, or --sample NAME"),
+        (["--sample", "portrait"], "ConfigError: expected a sample, got 'portrait'. Did you mean 'portraits'"),
+        (["empty"], "ConfigError: expected pictures (.jpg, .jpeg, .png"),
+        (["balls", "empty"], "ConfigError: expected pictures (.jpg, .jpeg, .png"),
+        (["missing"], "ConfigError: expected images, got none that can be read"),
+        (["balls", "--parts", "-1"], "ConfigError: expected num_parts as a whole number from 1 to 100, got -1"),
+        (["balls", "--parts", "101"], "ConfigError: expected num_parts as a whole number from 1 to 100, got 101"),
+        (["balls", "--seed", "-1"], "ConfigError: expected seed as a whole number from 0 to 2147483647, got -1"),
+        (["balls", "--outliers", "2"], "ConfigError: expected outliers of at least -1 and at most 1, got 2.0"),
+        (["balls", "--outliers", "1"], "ConfigError: expected outliers= that some image passes, got 1.0"),
+        (["balls", "--batch-size", "0"], "ConfigError: expected batch_size as a whole number from 1 to"),
+        (["balls", "--stride", "5"], "ShapeError: expected a stride that divides the patch size 16, got 5"),
+        (["balls", "--preset", "reference"], "ShapeError: expected heads from 0 to 2 of mini, got (0, 2, 4, 5)"),
+        (["balls", "--config", "none.yaml"], "ConfigError: expected settings in YAML at 'none.yaml'"),
+        (["balls", "--model", "minni"], "UnknownModelError: expected a model's name"),
+        (["balls", "--out", "file"], "StoreError: expected a folder to write to at 'file'"),
+    ],
+)
+def test_what_cosegment_cannot_do_is_said_in_one_line(capsys, tmp_path, balls, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    code, said, err = run(capsys, *COSEGMENT, *arguments)
+    assert (code, said) == (1, "")
+    assert f"vitfeats: {message}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "cosegmentation").exists()
+
+
+def test_a_missing_picture_is_named_and_the_others_are_done(capsys, tmp_path, balls):
+    missing = tmp_path / "missing"
+    code, said, err = run(capsys, *COSEGMENT, missing, balls, "--out", tmp_path / "out", "--json")
+    facts = json.loads(said)
+    assert (code, facts["images"], list(facts["failed"])) == (1, 3, [str(missing)])
+    assert err == f"vitfeats: {facts['failed'][str(missing)]}\n"
+    assert str(missing) in err
+
+
+def test_help_of_cosegment(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["cosegment", "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    named = ("--sample", "--out", "--parts", "--preset", "--config", "--refine", "--outliers", "--seed", "--json")
+    assert all(option in said for option in (*named, "--batch-size", "--model", "--size", "--stride", "--device"))

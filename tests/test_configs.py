@@ -8,10 +8,12 @@ import sys
 import pytest
 
 from vitfeats.configs import (
+    COSEGMENT_PRESETS,
     INVERT_PRESETS,
     PCK_PROTOCOLS,
     SPLICE_PRESETS,
     STYLE_METHODS,
+    CosegmentConfig,
     ExtractorConfig,
     InvertConfig,
     PckProtocol,
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("as_a_user")
 
 PRESETS = [(SpliceConfig, name) for name in SPLICE_PRESETS] + [(InvertConfig, name) for name in INVERT_PRESETS]
 PRESETS += [(TrainStylizerConfig, name) for name in STYLE_METHODS]
+PRESETS += [(CosegmentConfig, name) for name in COSEGMENT_PRESETS]
 
 
 @pytest.fixture
@@ -279,6 +282,74 @@ def test_methods_and_settings_of_style_transfer_offer_the_nearest(file):
         TrainStylizerConfig.preset("adain", stile=1.0)
     with pytest.raises(ConfigError, match="but: settings: .*expected a size that is a multiple of 16, got 40"):
         read_config(file("size: 40"), TrainStylizerConfig)
+
+
+def test_the_reference_of_cosegmentation_has_the_published_numbers():
+    published = {
+        "tap": "key@-1",
+        "size": 224,
+        "stride": 4,
+        "saliency": "attention",
+        "heads": (0, 2, 4, 5),
+        "clusters": 0,
+        "elbow": 0.975,
+        "most_clusters": 14,
+        "every": 100,
+        "restarts": 10,
+        "iterations": 300,
+        "foreground": "votes",
+        "threshold": 0.065,
+        "votes": 0.75,
+        "outliers": None,
+        "crops": 0,
+        "refine": "grabcut",
+        "stages": 2,
+        "part_elbow": 0.94,
+        "part_share": 1.0,
+    }
+    config = CosegmentConfig.preset("reference")
+    assert {name: getattr(config, name) for name in published} == published
+    assert CosegmentConfig() == CosegmentConfig.preset() == CosegmentConfig.preset("default")
+    assert CosegmentConfig.preset("reference", stages=3) == dataclasses.replace(config, stages=3)
+
+
+def test_sizes_and_heads_of_cosegmentation_may_be_lists(file):
+    config = CosegmentConfig(size=[112, 64], heads=[0, 2])
+    assert (config.size, config.heads) == ((112, 64), (0, 2))
+    assert hash(config) == hash(CosegmentConfig(size=(112, 64), heads=(0, 2)))
+    assert read_config(file(write_config(config)), CosegmentConfig) == config
+    path = file("preset: reference\nheads: []\noutliers: 0.7\n")
+    assert read_config(path, CosegmentConfig) == CosegmentConfig.preset("reference", heads=(), outliers=0.7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"saliency": "cls"}, "expected saliency 'attention', 'border' or 'both', got 'cls'"),
+        ({"foreground": "elected"}, "expected foreground 'weighted' or 'votes', got 'elected'"),
+        ({"alone": "otsu"}, "expected alone 'saliency' or 'pca', got 'otsu'"),
+        ({"refine": "crf"}, "expected refine 'auto', 'grabcut', 'guided' or 'none', got 'crf'"),
+        ({"clusters": -1}, "expected clusters of at least 0, got -1"),
+        ({"every": -1}, "expected every of at least 0, got -1"),
+        ({"crops": -1}, "expected crops of at least 0, got -1"),
+        ({"most_clusters": 0}, "expected most_clusters of at least 1, got 0"),
+        ({"fit_tokens": 0}, "expected fit_tokens of at least 1, got 0"),
+        ({"clusterings": 0}, "expected clusterings of at least 1, got 0"),
+        ({"restarts": 0}, "expected restarts of at least 1, got 0"),
+        ({"iterations": 0}, "expected iterations of at least 1, got 0"),
+        ({"refine_size": 31}, "expected refine_size of at least 32, got 31"),
+        ({"elbow": 1.1}, "expected elbow of at least 0 and at most 1, got 1.1"),
+        ({"part_elbow": -0.1}, "expected part_elbow of at least 0 and at most 1, got -0.1"),
+        ({"threshold": float("nan")}, "expected threshold of at least 0 and at most 1, got nan"),
+        ({"votes": 75}, "expected votes of at least 0 and at most 1, got 75"),
+        ({"part_share": 2}, "expected part_share of at least 0 and at most 1, got 2"),
+        ({"outliers": 1.5}, "expected outliers of at least -1 and at most 1, got 1.5"),
+        ({"stages": 4}, "expected 2 or 3 stages, got 4"),
+    ],
+)
+def test_cosegmentation_refuses_them_too(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        CosegmentConfig(**changes)
 
 
 def test_the_protocols_of_pck_are_the_published_ones():

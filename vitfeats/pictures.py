@@ -200,6 +200,19 @@ def _free() -> float:
         return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2.0**32
 
 
+def picture_files(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Return the picture files of a folder (``deep``: and of the folders in it), in the order of their paths.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    inside = folder.rglob("*") if deep else folder.iterdir()
+    found = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise _none(folder, chosen=False)
+    return found
+
+
 def read_names(path: Path | str) -> list[str]:
     """Return the names in a text file, one a line.
 

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from vitfeats.cli.shared import extractor_of, images_of, picture_files, say, settings_of
+from vitfeats.cli.shared import extractor_of, images_of, say, settings_of
 from vitfeats.commands import Cosegment
 from vitfeats.configs import CosegmentConfig
 from vitfeats.errors import ConfigError
@@ -24,10 +24,9 @@ def run_cosegment(command: Cosegment) -> int:
     config = settings_of(command, CosegmentConfig, **changes)
     if bool(command.images) == (command.sample is not None):
         raise ConfigError("expected images, a folder of them, or --sample NAME; for example --sample portraits")
-    own = command.out.resolve()  # what an earlier run wrote is not what this one reads
-    images: list[Any] = [path for path in picture_files(command.images, deep=True) if own not in path.resolve().parents]
+    images = _files(command)
     if command.sample is not None:
-        images = list(images_of((), command.sample))
+        images += images_of((), command.sample)
     extractor = extractor_of(dataclasses.replace(options, size=config.size, stride=config.stride))
     settings: dict[str, Any] = {
         "model": halved(extractor) if config.stride is None else extractor,
@@ -58,3 +57,19 @@ def run_cosegment(command: Cosegment) -> int:
     for reason in failed.values():
         print(f"vitfeats: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _files(command: Cosegment) -> list[Any]:
+    """Return the files that are named, and those in the folders that are, but for what an earlier run wrote."""
+    from vitfeats.apps.cosegmentation import WRITTEN
+    from vitfeats.pictures import picture_files
+
+    own = {(command.out / name).resolve() for name in WRITTEN}
+    found: list[Any] = []
+    for path in command.images:
+        inside = picture_files(path) if path.is_dir() else [path]
+        kept = [file for file in inside if not path.is_dir() or not own & {file.resolve(), *file.resolve().parents}]
+        if not kept:
+            raise ConfigError(f"expected pictures in '{path}', got only those that an earlier run wrote")
+        found += kept
+    return found

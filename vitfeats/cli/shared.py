@@ -53,21 +53,11 @@ def images_of(paths: tuple[Path, ...], sample: str | None) -> "list[Image.Image]
     return samples.load(sample) if sample is not None else [to_pil(load_image(path)) for path in paths]
 
 
-def picture_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
-    """Return image files, and those in folders (``deep``: and in the folders in them) in the order of their names."""
-    from vitfeats.pictures import SUFFIXES
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """Return image files, and those in folders in the order of their names."""
+    from vitfeats.pictures import picture_files
 
-    found = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = path.rglob("*") if deep else path.iterdir()
-        pictures = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
-        if not pictures:
-            raise ConfigError(f"expected pictures ({', '.join(SUFFIXES)}) in '{path}', got none")
-        found += pictures
-    return found
+    return [file for path in paths for file in (picture_files(path, deep=False) if path.is_dir() else [path])]
 
 
 def make_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfeats.cli.shared import images_of, make_folder, picture_files, readable, save_picture, say
+from vitfeats.cli.shared import files_of, images_of, make_folder, readable, save_picture, say
 from vitfeats.commands import Stylize, TrainStylizer
 from vitfeats.configs import STYLE_METHODS, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
@@ -71,7 +71,7 @@ def _each(command: Stylize) -> int:
         raise ConfigError("expected one image with --mask or several methods; of many images, one method and no mask")
     if command.sample is not None:
         raise ConfigError("expected image files or --sample NAME, one of the two")
-    files = picture_files(command.images)
+    files = files_of(command.images)
     folder = Path("styled") if command.out == Stylize.out else command.out
     targets = {path: folder / f"{path.stem}.png" for path in files}
     if len(set(targets.values())) < len(files):

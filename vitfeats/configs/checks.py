@@ -1,5 +1,6 @@
 """What settings refuse, in the same words everywhere."""
 
+from numbers import Integral
 from typing import Any
 
 from vitfeats.errors import ConfigError
@@ -10,6 +11,14 @@ def one_of(config: Any, name: str, *known: str) -> None:
     if getattr(config, name) not in known:
         *others, last = map(repr, known)
         raise ConfigError(f"expected {name} {', '.join(others)} or {last}, got {getattr(config, name)!r}")
+
+
+def whole(config: Any, *names: str) -> None:
+    """Refuse what is not a whole number; True and False are none."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ConfigError(f"expected {name} as a whole number, got {value!r}")
 
 
 def require(config: Any, least: float, *names: str, most: float = float("inf")) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vitfeats.configs.checks import one_of, require
+from vitfeats.configs.checks import one_of, require, whole
 from vitfeats.configs.presets import preset
 from vitfeats.errors import ConfigError
 
@@ -29,7 +29,7 @@ class CosegmentConfig:
         elbow: The elbow rule stops at the first number of clusters whose sum of squared distances is more than `elbow`
             times that of one cluster less.
         most_clusters: Largest number that the elbow rule tries.
-        every: Clusters are fitted on every n-th token; 0 is on all, or as many as `fit_tokens`, evenly spread.
+        every: The first clusters are fitted on every n-th token; 0 is on all, or on `fit_tokens` of them.
         fit_tokens: Most tokens that clusters are fitted on.
         clusterings: Of foreground "weighted", how often tokens are clustered, each from another first guess; weights
             are averaged, so that less depends on the seed.
@@ -42,7 +42,8 @@ class CosegmentConfig:
         votes: Share of the images in which a cluster must be salient.
         outliers: Images whose CLS has a smaller cosine to the mean CLS than this are left out; 0.7 is published. None
             keeps all.
-        crops: Random crops of 95 % of the sides of each image, half of them mirrored, on which clusters are fitted too.
+        crops: Random crops of 95 % of the sides of each image, half of them mirrored, on which the first clusters are
+            fitted too; parts are not.
         alone: How one image without others is split: by "saliency" (Otsu), or by "pca", 2-means along the first
             principal component of its tokens, of which the part at the border is background.
         refine: How token masks are brought to pixels: "grabcut" (needs OpenCV), "guided" filter or "none"; "auto" is
@@ -88,8 +89,10 @@ class CosegmentConfig:
         one_of(self, "foreground", "weighted", "votes")
         one_of(self, "alone", "saliency", "pca")
         one_of(self, "refine", "auto", "grabcut", "guided", "none")
+        counts = ("most_clusters", "fit_tokens", "clusterings", "restarts", "iterations")
+        whole(self, "clusters", "every", "crops", "refine_size", "stages", *counts)
         require(self, 0, "clusters", "every", "crops")
-        require(self, 1, "most_clusters", "fit_tokens", "clusterings", "restarts", "iterations")
+        require(self, 1, *counts)
         require(self, 32, "refine_size")
         require(self, 0, "elbow", "part_elbow", "threshold", "votes", "part_share", most=1)
         if self.outliers is not None:
@@ -98,6 +101,8 @@ class CosegmentConfig:
             raise ConfigError(f"expected 2 or 3 stages, got {self.stages}")
         if isinstance(self.size, list):  # as YAML has it
             object.__setattr__(self, "size", tuple(self.size))
+        if not isinstance(self.heads, tuple | list) or not all(type(head) is int for head in self.heads):
+            raise ConfigError(f"expected heads as whole numbers, for example (0, 2), got {self.heads!r}")
         object.__setattr__(self, "heads", tuple(self.heads))
 
     @classmethod

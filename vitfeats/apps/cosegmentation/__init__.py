@@ -10,17 +10,21 @@ from vitfeats.apps.cosegmentation.evidence import (
     elect,
     inliers,
 )
+from vitfeats.apps.cosegmentation.foreground import Coarse, find_foreground
+from vitfeats.apps.cosegmentation.parts import Parts, find_parts
 from vitfeats.apps.cosegmentation.reading import ReadSet, read_images
 from vitfeats.apps.cosegmentation.refine import grabcut, refine_mask
-from vitfeats.apps.cosegmentation.run import Coarse, cosegment, find_foreground, find_parts, halved, part_cosegment
-from vitfeats.apps.cosegmentation.segments import Cosegmentation, Segment
+from vitfeats.apps.cosegmentation.run import cosegment, halved, part_cosegment
+from vitfeats.apps.cosegmentation.segments import WRITTEN, Cosegmentation, Segment
 
 __all__ = [
     "Clusters",
     "Coarse",
     "Cosegmentation",
+    "Parts",
     "ReadSet",
     "Segment",
+    "WRITTEN",
     "border_saliency",
     "cluster_saliency",
     "cluster_weights",

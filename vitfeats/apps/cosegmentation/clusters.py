@@ -59,9 +59,11 @@ def fit_clusters(
         raise ShapeError("expected at least one vector to cluster, got none")
     if not bool(vectors.sum(dtype=torch.float64).isfinite()):
         raise ShapeError("expected finite vectors to cluster, got NaN or infinity")
-    different = vectors.unique(dim=0)
-    if count >= len(different):  # each is a centre, and no library needs to be asked
-        return Clusters(different, 0.0)
+    # Most often the first few tell that there are enough.
+    if len(vectors[: 4 * count].unique(dim=0)) <= count:
+        different = vectors.unique(dim=0)
+        if count >= len(different):  # each is a centre, and no library needs to be asked
+            return Clusters(different, 0.0)
     if count == 1:
         centre = vectors.double().mean(0, keepdim=True).to(vectors.dtype)
         return _measured(centre, vectors)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class TokenStore:
     def __init__(self) -> None:
         # Closed, and gone, when the store is: nothing is left on the disk, not even after a crash.
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._places: list[tuple[int, tuple[int, int]]] = []
 
     def __len__(self) -> int:
@@ -152,7 +154,8 @@ def read_images(
         config: What is read.
         seed: Of the crops.
         batch_size: Most images in one forward pass.
-        broken: Where images that cannot be read are noted, by their place, and why; None raises at the first.
+        broken: Where images that cannot be read, or are too long, are noted by their place, and why; None raises at the
+            first.
         progress: Show a progress bar on standard error.
 
     Raises:
@@ -173,7 +176,8 @@ def read_images(
         for index in order:
             try:
                 image = load_image(images[index])
-            except ImageError as error:
+                extractor.preprocess.network_size((image.shape[1], image.shape[2]))  # refuses what is too long
+            except (ImageError, ShapeError) as error:
                 if broken is None:
                     raise
                 broken[index] = str(error)
@@ -194,7 +198,8 @@ def read_images(
             read.append(_noted(loaded[number], found, taps, config))
             bar.update()
     if not read:
-        raise ConfigError("expected images, got none" + (" that can be read" if broken else ""))
+        why = f" that can be read: {next(iter(broken.values()))}" if broken else ""
+        raise ConfigError(f"expected images, got none{why}")
     if config.crops:
         whole = [(images[one.place], digests[one.place]) for one in read]
         for d in extractor.each(_crops(whole, config.crops, seed), taps["tokens"], batch_size=batch_size):

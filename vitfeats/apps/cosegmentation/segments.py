@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,20 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from vitfeats import plot
 from vitfeats.configs import CosegmentConfig
 from vitfeats.descriptor import write_whole
-from vitfeats.errors import StoreError
-from vitfeats.grid import Frame, PatchGrid
+from vitfeats.errors import ConfigError, ImageError, StoreError
+from vitfeats.grid import Frame, PatchGrid, Size
 from vitfeats.preprocess import ImageLike, load_image, to_pil
 from vitfeats.runs import finite, save_image
+
+KINDS, PARTS = ("masks", "cutouts", "overlays"), "parts"
+WRITTEN = (*KINDS, PARTS, "overview.png")
+"""Pictures, and folders of them, that :meth:`Cosegmentation.save` writes into its folder."""
 
 _SHOWN = 32  # most images in the overview
 _SIDE = 256  # of a picture in it, in pixels
 _HALF = 127
+_LONGEST = 200  # bytes of a name
 _COLOURS = np.array(  # of parts, one after the other; told apart by most colour-blind people (Okabe and Ito, 2008)
     [
         *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
@@ -59,12 +66,12 @@ class Segment:
     grid: PatchGrid
     frame: Frame
     outlier: bool = False
-    part_map: Int[np.ndarray, "height width"] | None = None
+    part_map: UInt8[np.ndarray, "height width"] | None = None
 
     @property
     def mask(self) -> Bool[np.ndarray, "height width"]:
         """Which pixels of the source are foreground."""
-        return self._matte() > _HALF
+        return self._matte(self.frame.source_size) > _HALF
 
     @property
     def share(self) -> float:
@@ -79,32 +86,57 @@ class Segment:
     @property
     def parts(self) -> Int[np.ndarray, "height width"] | None:
         """The part of each pixel of the source, −1 for background; None without parts."""
-        if self.part_map is None:
-            return None
-        height, width = self.frame.source_size
-        numbers = Image.fromarray(self.part_map.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-        return np.where(self.mask, np.asarray(numbers).astype(np.int64), -1)
+        return self._parts(self.mask)
 
     def cutout(self) -> Image.Image:
-        """Return the image with the background transparent (RGBA)."""
-        picture = to_pil(load_image(self.image))
-        picture.putalpha(Image.fromarray(self._matte()))
+        """Return the image with the background transparent (RGBA).
+
+        Raises:
+            ImageError: If the image cannot be read any more, or has another size now.
+        """
+        picture = self._picture()
+        picture.putalpha(Image.fromarray(self._matte(self.frame.source_size)))
         return picture
 
-    def overlay(self) -> Image.Image:
-        """Return the image with its background dark and grey, an outline around the foreground, and parts in colour."""
-        pixels = np.asarray(to_pil(load_image(self.image)), dtype=np.float32)
-        mask = self.mask
+    def overlay(self, largest: int | None = None) -> Image.Image:
+        """Return the image with its background dark and grey, an outline around the foreground, and parts in colour.
+
+        Args:
+            largest: Longer side in pixels that the image is reduced to; None is its own size.
+
+        Raises:
+            ImageError: If the image cannot be read any more, or has another size now.
+        """
+        picture = self._picture()
+        if largest is not None:
+            picture.thumbnail((largest, largest))
+        pixels = np.asarray(picture, dtype=np.float32)
+        mask = self._matte((picture.height, picture.width)) > _HALF
         grey = pixels.mean(2, keepdims=True) * 0.35 + 20
-        parts = self.parts
+        parts = self._parts(mask)
         tinted = pixels if parts is None else 0.45 * pixels + 0.55 * _COLOURS[parts % len(_COLOURS)]
         drawn = np.where(mask[..., None], tinted, grey)
         drawn[_outline(mask)] = (255, 64, 64) if parts is None else (0, 0, 0)
         return Image.fromarray(drawn.round().clip(0, 255).astype(np.uint8))
 
-    def _matte(self) -> UInt8[np.ndarray, "height width"]:
+    def _picture(self) -> Image.Image:
+        picture = to_pil(load_image(self.image))
         height, width = self.frame.source_size
-        return np.asarray(Image.fromarray(self.alpha).resize((width, height), Image.Resampling.BILINEAR))
+        if picture.size != (width, height):
+            raise ImageError(
+                f"expected '{self.name}' as it was read, {width}×{height} pixels, got {picture.width}×{picture.height} "
+                "pixels; find its mask again"
+            )
+        return picture
+
+    def _matte(self, size: Size) -> UInt8[np.ndarray, "height width"]:
+        return np.asarray(Image.fromarray(self.alpha).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+    def _parts(self, mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "height width"] | None:
+        if self.part_map is None:
+            return None
+        numbers = Image.fromarray(self.part_map).resize(mask.shape[::-1], Image.Resampling.NEAREST)
+        return np.where(mask, np.asarray(numbers).astype(np.int64), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +192,17 @@ class Cosegmentation(Sequence[Segment]):
         return [segment.mask for segment in self.segments]
 
     def overview(self, columns: int = 8) -> Image.Image:
-        """Draw images above their overlays, in rows; the first 32 of many."""
+        """Draw images above their overlays, in rows; the first 32 of many.
+
+        Args:
+            columns: Images in a row, at least 1.
+
+        Raises:
+            ConfigError: If ``columns`` is below 1.
+            ImageError: If an image cannot be read any more, or has another size now.
+        """
+        if columns < 1:
+            raise ConfigError(f"expected columns of at least 1, got {columns}")
         shown = self.segments[:_SHOWN]
         columns = min(columns, len(shown))
         pictures: list[Image.Image] = []
@@ -168,7 +210,7 @@ class Cosegmentation(Sequence[Segment]):
             row = shown[start : start + columns]
             blank = [Image.new("RGB", (_SIDE, _SIDE), "white")] * (columns - len(row))
             pictures += [*(_thumbnail(to_pil(load_image(segment.image))) for segment in row), *blank]
-            pictures += [*(_thumbnail(segment.overlay()) for segment in row), *blank]
+            pictures += [*(_thumbnail(segment.overlay(_SIDE)) for segment in row), *blank]
         return plot.side_by_side(pictures, columns=columns)
 
     def save(self, folder: Path | str) -> Path:
@@ -183,9 +225,10 @@ class Cosegmentation(Sequence[Segment]):
 
         Raises:
             StoreError: If something cannot be written.
+            ImageError: If an image cannot be read any more, or has another size now.
         """
         base = Path(folder)
-        kinds = ["masks", "cutouts", "overlays", *(["parts"] if self.num_parts else [])]
+        kinds = [*KINDS, *([PARTS] if self.num_parts else [])]
         try:
             for kind in kinds:
                 (base / kind).mkdir(parents=True, exist_ok=True)
@@ -198,8 +241,8 @@ class Cosegmentation(Sequence[Segment]):
                 "cutouts": segment.cutout(),
                 "overlays": segment.overlay(),
             }
-            if segment.parts is not None:
-                drawn["parts"] = Image.fromarray((segment.parts + 1).astype(np.uint8))
+            if (parts := segment.parts) is not None:
+                drawn[PARTS] = Image.fromarray((parts + 1).astype(np.uint8))
             files = {kind: f"{kind}/{name}.png" for kind in kinds}
             for kind, file in files.items():
                 save_image(drawn[kind], base / file)
@@ -242,10 +285,14 @@ def name_of(image: ImageLike, place: int) -> str:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Return names no two of which are the same, also where letters of both cases are: numbered where needed."""
+    """Return names no two of which are the same, also where letters of both cases are: numbered where needed.
+
+    Long ones are cut off, so that there is room for a number and a suffix in what file systems take.
+    """
     taken: set[str] = set()
     found = []
     for name in names:
+        name = os.fsdecode(os.fsencode(name)[:_LONGEST]) if len(os.fsencode(name)) > _LONGEST else name
         number, unique = 1, name
         while unique.casefold() in taken:
             number += 1
@@ -270,15 +317,12 @@ def _facts(segment: Segment) -> dict[str, Any]:
 def _outline(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
     """Return the pixels inside the mask that are near its edge: a 150th of the shorter side."""
     width = max(1, round(min(mask.shape) / 150))
-    front = torch.from_numpy(mask)[None].float()
-    outside = torch.nn.functional.max_pool2d(1 - front, 2 * width + 1, 1, width)[0] > 0
-    return mask & outside.numpy()
+    outside = torch.from_numpy(~mask)[None].float()
+    for side, reach in (((2 * width + 1, 1), (width, 0)), ((1, 2 * width + 1), (0, width))):
+        outside = max_pool2d(outside, side, 1, reach)
+    return mask & (outside[0] > 0).numpy()
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:
-    """Return a picture reduced into a square, white around it."""
-    reduced = picture.copy()
-    reduced.thumbnail((_SIDE, _SIDE))
-    square = Image.new("RGB", (_SIDE, _SIDE), "white")
-    square.paste(reduced, ((_SIDE - reduced.width) // 2, (_SIDE - reduced.height) // 2))
-    return square
+    """Return a picture brought into a square, white around it."""
+    return ImageOps.pad(picture, (_SIDE, _SIDE), color="white")
