@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="Caltech-101: a folder or a tar file of class folders")
     parser.add_argument("--draws", type=int, default=3, help="sets of each class")
+    parser.add_argument("--first", type=int, default=0, help="number of the first draw; settings were chosen on 0 to 2")
     parser.add_argument("--model", help="default mini")
     parser.add_argument("--agree", nargs="+", metavar="CLASS", help="measure the agreement over seeds on these classes")
     parser.add_argument("--show", type=Path, help="picture of the sets and their masks to write")
@@ -68,12 +69,12 @@ def main() -> None:
         if options.agree:
             agreement(options.pictures, options.agree, options.model, options.show)
         else:
-            quality(options.pictures, options.draws, options.model, options.show)
+            quality(options.pictures, range(options.first, options.first + options.draws), options.model, options.show)
 
 
-def quality(pictures: Path, draws: int, model: str | None, show: Path | None) -> None:
+def quality(pictures: Path, draws: Sequence[int], model: str | None, show: Path | None) -> None:
     """Print the mean intersection over union of every row, and draw the first sets."""
-    sets = make_sets(pictures, range(draws))
+    sets = make_sets(pictures, draws)
     extractor = vf.load_extractor(model, device="cpu")
     stride = extractor.card.patch // 2
     extractor = extractor.resized(stride=stride) if extractor.overlaps else extractor
@@ -94,7 +95,7 @@ def quality(pictures: Path, draws: int, model: str | None, show: Path | None) ->
         _print_row(name, shapes, sets)
     if show is not None:
         masks = results["co-segmentation"]
-        shown = {key: pasted for key, pasted in sets.items() if key[1] == 0}
+        shown = {key: pasted for key, pasted in sets.items() if key[1] == draws[0]}
         sheet([(image, masks[key]) for key, pasted in shown.items() for image in [[i for i, _ in pasted]]]).save(show)
 
 
@@ -167,14 +168,14 @@ def make_sets(pictures: Path, draws: Sequence[int]) -> dict[tuple[str, int], lis
 
 def cut_out(pixels: np.ndarray, fill: bool) -> Cut | None:
     """Return the object of a photograph on white, its holes filled or not; None if it is none."""
-    white = (pixels >= WHITE).all(-1)
+    white = np.asarray((pixels >= WHITE).all(-1))
     if np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]]).mean() < ALL_WHITE:
         return None
     mask = ndimage.binary_opening(~white, np.ones((2, 2)))
     mask = ndimage.binary_closing(np.pad(mask, 3), np.ones((3, 3)))[3:-3, 3:-3]
     if fill:
-        mask = ndimage.binary_fill_holes(mask)
-    labels = measure.label(mask, connectivity=2)
+        mask = np.asarray(ndimage.binary_fill_holes(mask))
+    labels = np.asarray(measure.label(mask, connectivity=2))
     sizes = np.bincount(labels.ravel())[1:]
     if not len(sizes) or sizes.max() < 0.95 * sizes.sum():  # several objects
         return None
