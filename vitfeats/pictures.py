@@ -115,7 +115,7 @@ class PictureFiles(Mapping[str, np.ndarray]):
         wanted, unwanted = set(only), set(without)
         self._source, self._side = Path(source), side
         found: dict[str, tuple[str, Callable[[], Any]]] = {}
-        for file, opener in _items(self._source):
+        for file, opener in picture_items(self._source):
             name = file.rpartition(".")[0]
             if name not in unwanted and (not wanted or name in wanted):
                 found[name] = file, opener
@@ -226,7 +226,7 @@ def read_names(path: Path | str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _items(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def picture_items(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield names, and what gives the picture to read."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):

@@ -1,0 +1,222 @@
+"""Shards: safetensors files of the descriptors of many images, written whole, each able to prove that it is whole."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitfeats.descriptor import Descriptor, Descriptors, write_whole
+from vitfeats.errors import ConfigError, StoreError, VitFeatsError
+from vitfeats.grid import Frame, PatchGrid
+from vitfeats.taps import Tap
+
+FORMAT = "vitfeats.store/1"
+
+StoreType = Literal["float32", "float16", "bfloat16", "int8"]
+STORE_TYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+
+_PARTS = ("features", "cls", "registers")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says of itself.
+
+    Attributes:
+        settings: How its features were made, as the store has it.
+        images: Of each image its ``id``, its ``digest`` and, by tap, what a descriptor knows beside numbers.
+        broken: Why images could not be read, by id.
+    """
+
+    settings: dict[str, Any]
+    images: list[dict[str, Any]]
+    broken: dict[str, str]
+
+    @property
+    def ids(self) -> list[str]:
+        """The images that it holds, in order."""
+        return [image["id"] for image in self.images]
+
+
+def write_shard(
+    path: Path,
+    images: Sequence[tuple[str, Descriptors]],
+    *,
+    settings: Mapping[str, Any],
+    dtype: StoreType = "float16",
+    broken: Mapping[str, str] | None = None,
+) -> None:
+    """Write the descriptors of images into one file, whole or not at all. The same images give the same bytes.
+
+    Args:
+        path: Where.
+        images: Of each image its id and the descriptors of its taps, a batch of 1 each.
+        settings: How they were made: plain values.
+        dtype: Of the numbers on disk. "int8" has a scale for each token.
+        broken: Why other images could not be read, by id.
+
+    Raises:
+        StoreError: If the file cannot be written; nothing is left behind then.
+        ConfigError: If there is no such type.
+    """
+    from safetensors.torch import save
+
+    if dtype not in STORE_TYPES:
+        raise ConfigError(f"expected dtype {', '.join(map(repr, STORE_TYPES))}, got {dtype!r}")
+    tensors: dict[str, Tensor] = {}
+    listed: list[dict[str, Any]] = []
+    for number, (name, descriptors) in enumerate(images):
+        own: dict[str, Tensor] = {}
+        taps: dict[str, Any] = {}
+        for tap, d in descriptors.items():
+            own |= {f"{tap}/{part}": value for part, value in _packed(d, dtype).items()}
+            taps[str(tap)] = {
+                "grid": asdict(d.grid),
+                "frame": asdict(d.frames[0]),
+                "model": d.model,
+                "heads": d.heads,
+            }
+        listed.append({"id": name, "digest": _digest_of(own), "taps": taps})
+        tensors |= {f"{number}/{part}": value for part, value in own.items()}
+    facts = {"format": FORMAT, "settings": json.dumps(dict(settings), sort_keys=True), "images": json.dumps(listed)}
+    facts["broken"] = json.dumps(dict(broken or {}))
+    facts["digest"] = _facts_digest(facts)
+    write_whole(path, save(tensors, metadata=facts))
+
+
+def read_header(path: Path) -> Header:
+    """Return what a shard says of itself; its numbers are not read.
+
+    Raises:
+        StoreError: If it is missing, cut off, changed, or not a shard.
+    """
+    with _opened(path) as file:
+        return _header(path, file)
+
+
+def read_image(path: Path, position: int, header: Header | None = None) -> Descriptors:
+    """Return the descriptors of one image of a shard, in float32; only its own bytes are read.
+
+    Args:
+        path: The shard.
+        position: Of the image in it.
+        header: Of the shard, where it is known already.
+
+    Raises:
+        StoreError: If the shard cannot be read.
+    """
+    with _opened(path) as file:
+        image = (header or _header(path, file)).images[position]
+        tensors = {name: file.get_tensor(f"{position}/{name}") for name in _names_of(file, position)}
+        return _descriptors(path, image, tensors)
+
+
+def check_shard(path: Path) -> str | None:
+    """Return why a shard is not as it was written, or None: every number is read and compared with its digest."""
+    try:
+        with _opened(path) as file:
+            header = _header(path, file)
+            for position, image in enumerate(header.images):
+                names = _names_of(file, position)
+                if _digest_of({name: file.get_tensor(f"{position}/{name}") for name in names}) != image["digest"]:
+                    return f"the features of '{image['id']}' are not those that were written"
+    except StoreError as error:
+        return str(error)
+    return None
+
+
+def _packed(d: Descriptor, dtype: StoreType) -> dict[str, Tensor]:
+    """Return the tensors of a descriptor of one image as they are stored, without the batch."""
+    found: dict[str, Tensor] = {}
+    for part in _PARTS:
+        value: Tensor | None = getattr(d, part)
+        if value is None:
+            continue
+        numbers = value.detach().float().cpu()[0]
+        if dtype == "int8":
+            # A scale a token: one for all would give most of the range to the few largest.
+            scale = numbers.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+            found[part], found[f"{part}_scale"] = (numbers / scale).round().to(torch.int8), scale
+        else:
+            limits = torch.finfo(STORE_TYPES[dtype])  # an infinity would be made of what is merely large
+            found[part] = numbers.clamp(limits.min, limits.max).to(STORE_TYPES[dtype]).contiguous()
+    return found
+
+
+def _descriptors(path: Path, image: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Descriptors:
+    try:
+        items = []
+        for text, known in image["taps"].items():
+            values = {}
+            for part in _PARTS:
+                stored = tensors.get(f"{text}/{part}")
+                scale = tensors.get(f"{text}/{part}_scale")
+                if stored is not None:
+                    values[part] = (stored.float() if scale is None else stored.float() * scale)[None]
+            grid = PatchGrid(**{key: _paired(value) for key, value in known["grid"].items()})
+            frame = Frame(**{key: _paired(value) for key, value in known["frame"].items()})
+            features, cls, registers = (values.get(part) for part in _PARTS)
+            d = Descriptor(features, grid, (frame,), Tap.parse(text), known["model"], cls, registers, known["heads"])  # type: ignore[arg-type] - a missing one is caught below
+            items.append((text, d))
+        return Descriptors(items)
+    except (AttributeError, KeyError, TypeError, ValueError, VitFeatsError) as error:
+        raise StoreError(f"expected whole descriptors of '{image.get('id')}' in '{path}', got: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"expected a whole shard at '{path}', but it cannot be read: {error}") from error
+
+
+def _header(path: Path, file: Any) -> Header:
+    facts = file.metadata() or {}
+    if facts.get("format") != FORMAT:
+        raise StoreError(f"expected '{path}' to be a shard ({FORMAT}), got format {facts.get('format')!r}")
+    if facts.get("digest") != _facts_digest(facts):
+        raise StoreError(f"expected the header of '{path}' as it was written, but it was changed or damaged")
+    settings, images, broken = (json.loads(facts[name]) for name in ("settings", "images", "broken"))
+    return Header(settings, images, broken)
+
+
+def _names_of(file: Any, position: int) -> list[str]:
+    start = f"{position}/"
+    return sorted(name.removeprefix(start) for name in file.keys() if name.startswith(start))  # noqa: SIM118
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    found = blake2b(digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return found.hexdigest()
+
+
+def _facts_digest(facts: Mapping[str, str]) -> str:
+    found = blake2b(digest_size=16)
+    for name in ("format", "settings", "images", "broken"):
+        found.update(f"{len(facts.get(name, ''))} {facts.get(name, '')}".encode())
+    return found.hexdigest()
+
+
+def _paired(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

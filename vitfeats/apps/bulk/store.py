@@ -1,0 +1,273 @@
+"""A store: a folder of shards with the descriptors of many images, read one image at a time."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from vitfeats.apps.bulk.shards import FORMAT, Header, check_shard, read_header, read_image
+from vitfeats.descriptor import Descriptors, write_whole
+from vitfeats.errors import ConfigError, StoreError, nearest_names
+
+ABOUT, IDS, LOCK = "store.json", "ids.jsonl", ".lock"
+_KEPT = 64  # headers that are kept
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A shard that is not as it should be.
+
+    Attributes:
+        shard: Its number.
+        why: What is wrong.
+        images: How many images it is to have.
+    """
+
+    shard: int
+    why: str
+    images: int
+
+
+class Store(Mapping[str, Descriptors]):
+    """Descriptors of many images on disk, by the images' ids: a mapping that reads one image at a time.
+
+    Which images a shard has follows from the list of ids alone: shard n has those from n · per_shard on. So nothing has
+    to be kept in step with the shards: what is missing is seen from the files, and a run goes on from there.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        StoreError: If there is no store, or it cannot be read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        about = _read_json(self.path / ABOUT)
+        if about.get("format") != FORMAT:
+            raise StoreError(f"expected a store ({FORMAT}) at '{self.path}', got format {about.get('format')!r}")
+        self.settings: dict[str, Any] = about["settings"]
+        self.per_shard: int = about["per_shard"]
+        self.ids = _read_ids(self.path / IDS)
+        if digest_of(self.ids) != about["ids"]:
+            raise StoreError(f"expected the list of images of '{self.path}' as it was written, but it was changed")
+        self._header = lru_cache(_KEPT)(lambda number: read_header(self.shard_path(number)))
+
+    @property
+    def taps(self) -> list[str]:
+        """What was read of each image."""
+        return list(self.settings["taps"])
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the whole store, those that are missing among them."""
+        return -(-len(self.ids) // self.per_shard)
+
+    def __len__(self) -> int:
+        """Return the number of images it is made of: those that are broken or missing among them."""
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the ids, in order."""
+        return iter(self.ids)
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is an image of that id."""
+        return isinstance(name, str) and self._place(name) is not None
+
+    def __getitem__(self, name: str) -> Descriptors:
+        """Return the descriptors of an image, by tap.
+
+        Raises:
+            KeyError: If there is no such image.
+            StoreError: If it was broken, or its shard is missing or damaged.
+        """
+        place = self._place(name)
+        if place is None:
+            raise KeyError(f"expected an image of the store, got {name!r}. {nearest_names(name, self.ids[:1000])}")
+        number = place // self.per_shard
+        header: Header = self._header(number)
+        if name in header.broken:
+            raise StoreError(f"expected an image that could be read, but '{name}' could not: {header.broken[name]}")
+        return read_image(self.shard_path(number), header.ids.index(name), header)
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        missing = len(self.missing())
+        lacks = f", {missing} of {self.shards} shards missing" if missing else ""
+        return f"Store({len(self)} images, {', '.join(self.taps)} of {self.settings['model']}{lacks})"
+
+    def shard_path(self, number: int) -> Path:
+        """Return the file of a shard."""
+        return self.path / f"part-{number:07}.safetensors"
+
+    def ids_of(self, number: int) -> list[str]:
+        """Return the ids of the images of a shard."""
+        return self.ids[number * self.per_shard : (number + 1) * self.per_shard]
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are not there."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        return [number for number in range(self.shards) if self.shard_path(number).name not in there]
+
+    def each(self) -> Iterator[tuple[str, Descriptors]]:
+        """Iterate over all images that could be read, in order, a shard after the other.
+
+        Raises:
+            StoreError: If a shard is missing or damaged.
+        """
+        for number in range(self.shards):
+            header: Header = self._header(number)
+            for position, name in enumerate(header.ids):
+                yield name, read_image(self.shard_path(number), position, header)
+
+    def broken(self) -> dict[str, str]:
+        """Return why images could not be read, by id; of the shards that are there."""
+        missing = set(self.missing())
+        found: dict[str, str] = {}
+        for number in range(self.shards):
+            if number not in missing:
+                found |= self._header(number).broken
+        return found
+
+    def check(self) -> Iterator[Damage]:
+        """Read every shard, and yield those that are missing, cut off or changed, or not of this store."""
+        missing = set(self.missing())
+        for number in range(self.shards):
+            names = self.ids_of(number)
+            why = "it is missing" if number in missing else self._why(number, names)
+            if why is not None:
+                yield Damage(number, why, len(names))
+
+    def remove_damaged(self) -> list[Damage]:
+        """Remove shards that are damaged, so that a run on the same folder makes them again; return what was found."""
+        found = list(self.check())
+        for damage in found:
+            with suppress(FileNotFoundError):
+                self.shard_path(damage.shard).unlink()
+        self._header.cache_clear()
+        return found
+
+    def _why(self, number: int, names: list[str]) -> str | None:
+        path = self.shard_path(number)
+        why = check_shard(path)
+        if why is not None:
+            return why
+        header = read_header(path)
+        if header.settings != self.settings:
+            return f"'{path.name}' was made with other settings"
+        if sorted([*header.ids, *header.broken]) != sorted(names):
+            return f"'{path.name}' has other images than the store's list"
+        return None
+
+    def _place(self, name: str) -> int | None:
+        if not hasattr(self, "_places"):
+            self._places = {known: number for number, known in enumerate(self.ids)}
+        return self._places.get(name)
+
+
+def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, Any], per_shard: int) -> Store:
+    """Make a store without shards, or open the one that is there if it is of the same images and settings.
+
+    Args:
+        path: The folder, made if missing.
+        ids: Of the images, no two of them the same.
+        settings: How features are made: plain values, ``model`` and ``taps`` among them.
+        per_shard: Images in a shard, at least 1.
+
+    Raises:
+        ConfigError: If ids are not different, or there is a store of other images or settings.
+        StoreError: If it cannot be written.
+    """
+    if per_shard < 1:
+        raise ConfigError(f"expected per_shard of at least 1, got {per_shard}")
+    if len(set(ids)) < len(ids):
+        raise ConfigError("expected images of different ids, got some twice")
+    folder = Path(path)
+    about = {"format": FORMAT, "settings": dict(settings), "per_shard": per_shard, "ids": digest_of(ids)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"expected a folder to write to at '{folder}', but: {error}") from error
+    if (folder / ABOUT).exists():
+        _check_same(folder, _read_json(folder / ABOUT), json.loads(json.dumps(about)))
+        return Store(folder)
+    write_whole(folder / IDS, "".join(f"{json.dumps(name)}\n" for name in ids).encode())
+    write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())  # last: with it there is a store
+    return Store(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; a crash leaves no lock behind, for it belongs to the process.
+
+    Raises:
+        StoreError: If another run is at work there.
+    """
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise StoreError(f"expected to write into '{folder}', but: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(
+                f"expected to be alone in '{folder}', but another run is at work there; wait for it, or use another "
+                "folder"
+            ) from error
+        for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
+        yield
+
+
+def digest_of(ids: Sequence[str]) -> str:
+    """Return a digest of a list of ids."""
+    found = blake2b(digest_size=16)
+    for name in ids:
+        found.update(f"{json.dumps(name)}\n".encode())
+    return found.hexdigest()
+
+
+def _check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if there.get("format") != FORMAT:
+        raise StoreError(f"expected a store ({FORMAT}) at '{folder}', got format {there.get('format')!r}")
+    names = [name for name in ("per_shard", "ids") if there.get(name) != wanted[name]]
+    told = [f"{name}: {there.get(name)!r} there, {wanted[name]!r} here" for name in names]
+    old, new = there.get("settings", {}), wanted["settings"]
+    told += [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+    if told:
+        raise ConfigError(
+            f"expected images and settings of the store in '{folder}', but these differ: {'; '.join(told)}. Use another "
+            "folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"expected a store at '{path.parent}', but there is none") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"expected a store at '{path.parent}', but '{path.name}' cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"expected a store at '{path.parent}', but '{path.name}' is of another kind")
+    return found
+
+
+def _read_ids(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise StoreError(f"expected the list of images of a store at '{path}', but: {error}") from error
