@@ -25,7 +25,8 @@ from vitfeats.pictures import picture_items
 from vitfeats.preprocess import load_image
 from vitfeats.taps import Tap
 
-A, B = TypeVar("A"), TypeVar("B")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 _SPARE = 1.05  # of the disk, beyond what the first images let expect
 
@@ -101,10 +102,13 @@ def extract(
     """
     start = time.perf_counter()
     items = source_items(source)
-    extractor = (
-        model if isinstance(model, Extractor) else load_extractor(model, size=size, stride=stride, device=device)
-    )
-    asked = list(dict.fromkeys(str(extractor.resolve(_tap(text))) for text in taps or (extractor.card.default_tap,)))
+    extractor = model
+    if not isinstance(extractor, Extractor):
+        extractor = load_extractor(model, size=size, stride=stride, device=device)
+    wished = (extractor.card.default_tap,) if taps is None else taps
+    asked = list(dict.fromkeys(str(extractor.resolve(Tap.parse(text))) for text in wished))
+    if not asked:
+        raise ConfigError("expected at least one tap, got none; for example 'key@11'")
     folder = Path(out)
     store = create_store(folder, list(items), settings_of(extractor, asked, dtype), per_shard)
     made = 0
@@ -190,9 +194,11 @@ def _loaded(opener: Callable[[], Any]) -> Tensor | ImageError:
         return error
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[A], B], given: Iterable[A], most: int) -> Iterator[B]:
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Given], Made], given: Iterable[Given], most: int
+) -> Iterator[Made]:
     """Yield what work makes of each, in order, with at most so many under way or waiting."""
-    under_way: deque[Future[B]] = deque()
+    under_way: deque[Future[Made]] = deque()
     try:
         for one in given:
             under_way.append(pool.submit(work, one))

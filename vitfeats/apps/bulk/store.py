@@ -248,8 +248,8 @@ def _check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any
     ]
     if told:
         raise ConfigError(
-            f"expected images and settings of the store in '{folder}', but these differ: {'; '.join(told)}. Use another "
-            "folder"
+            f"expected images and settings of the store in '{folder}', but these differ: {'; '.join(told)}. "
+            "Use another folder"
         )
 
 
