@@ -110,9 +110,9 @@ def extract(
     if not asked:
         raise ConfigError("expected at least one tap, got none; for example 'key@11'")
     folder = Path(out)
-    store = create_store(folder, list(items), settings_of(extractor, asked, dtype), per_shard)
     made = 0
     with locked(folder), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        store = create_store(folder, list(items), settings_of(extractor, asked, dtype), per_shard)
         todo = store.missing()
         wanted = [(number, name) for number in todo for name in store.ids_of(number)]
         _check_space(folder, extractor, asked, items, wanted, dtype)
@@ -123,7 +123,10 @@ def extract(
                 broken: dict[str, str] = {}
                 whole: list[str] = []
                 images = _whole(loaded, names, whole, broken, extractor, strict)
-                found = [ds for ds in extractor.each(images, asked, batch_size=batch_size) if bar.update() or True]
+                found: list[Descriptors] = []
+                for descriptors in extractor.each(images, asked, batch_size=batch_size):
+                    found.append(descriptors)
+                    bar.update()
                 bar.update(len(broken))
                 write_shard(
                     store.shard_path(number),

@@ -205,12 +205,13 @@ def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; a crash leaves no lock behind, for it belongs to the process.
+    """Keep other runs out of a folder, made if missing; a crash leaves no lock behind, for it belongs to the process.
 
     Raises:
         StoreError: If another run is at work there.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     except OSError as error:
         raise StoreError(f"expected to write into '{folder}', but: {error}") from error
