@@ -32,6 +32,7 @@ __all__ = [
     "VitFeatsError",
     "WeightsUnavailableError",
     "appearance_loss",
+    "bulk",
     "content_loss",
     "correspond",
     "cosegment",
@@ -68,6 +69,7 @@ __all__ = [
 if TYPE_CHECKING:
     from vitfeats import patterns, plot, samples
     from vitfeats.api import extract, list_models, load_extractor, register_model, set_default_model
+    from vitfeats.apps import bulk
     from vitfeats.apps.cosegmentation import cosegment, part_cosegment
     from vitfeats.apps.evaluation import evaluate_pck
     from vitfeats.apps.inversion import invert
@@ -147,6 +149,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name in ("patterns", "plot", "samples"):
         return import_module(f"vitfeats.{name}")
+    if name == "bulk":
+        return import_module("vitfeats.apps.bulk")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'vitfeats' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

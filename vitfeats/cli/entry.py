@@ -14,9 +14,12 @@ from vitfeats.cli.making import run_invert, run_splice
 from vitfeats.cli.measuring import evaluate
 from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
 from vitfeats.cli.segmenting import run_cosegment
+from vitfeats.cli.storing import bulk, check
 from vitfeats.cli.styling import run_stylize, train
 from vitfeats.cli.training import aggregation, diffusion, pretrained
 from vitfeats.commands import (
+    Bulk,
+    CheckStore,
     Command,
     Cosegment,
     Eval,
@@ -38,6 +41,8 @@ from vitfeats.errors import VitFeatsError
 
 RUN: dict[type, Any] = {
     Extract: extract,
+    Bulk: bulk,
+    CheckStore: check,
     Pca: pca,
     Similarity: similarity,
     Match: match,
