@@ -1032,3 +1032,27 @@ def test_help_of_cosegment(capsys):
     said = capsys.readouterr().out
     named = ("--sample", "--out", "--parts", "--preset", "--config", "--refine", "--outliers", "--seed", "--json")
     assert all(option in said for option in (*named, "--batch-size", "--model", "--size", "--stride", "--device"))
+
+
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bulk_writes_a_store_goes_on_and_checks_it(capsys, tmp_path, balls):
+    (balls / "bad.png").write_bytes(b"no picture")
+    out = tmp_path / "store"
+    size = ("--size", 32, "--device", "cpu", "--per-shard", 2)
+    given = ("bulk", balls, "--out", out, "--tap", "cls@11", *size, "--json")
+    code, said, err = run(capsys, *given)
+    facts = json.loads(said)
+    assert (code, facts["images"], facts["made"]) == (1, 3, 3)
+    assert list(facts["broken"]) == ["bad.png"]
+    assert "bad.png" in err
+    assert run(capsys, "check-store", out)[:2] == (0, f"{out}: 2 of 2 shards whole\n")
+    first = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    damaged = next(out.glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    code, said, _ = run(capsys, "check-store", out, "--repair", "--json")
+    assert (code, len(json.loads(said)["damaged"])) == (1, 1)
+    assert not damaged.exists()
+    assert json.loads(run(capsys, *given)[1])["made"] in (1, 2)
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == first

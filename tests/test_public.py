@@ -16,11 +16,11 @@ def test_all_is_sorted_and_every_name_is_there():
     assert vf.__all__ == sorted(vf.__all__)
     for name in vf.__all__:
         value = getattr(vf, name)
-        assert isinstance(value, ModuleType) == (name in ("patterns", "plot", "samples"))
+        assert isinstance(value, ModuleType) == (name in ("bulk", "patterns", "plot", "samples"))
 
 
 def test_every_public_name_is_listed():
-    homes = {name for names in vf._HOME.values() for name in names} | {"patterns", "plot", "samples"}
+    homes = {name for names in vf._HOME.values() for name in names} | {"bulk", "patterns", "plot", "samples"}
     assert homes == set(vf.__all__)
     assert set(vf.__all__) <= set(dir(vf))
 

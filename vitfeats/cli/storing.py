@@ -39,9 +39,6 @@ def check(command: CheckStore) -> int:
     found = store.remove_damaged() if command.repair else list(store.check())
     facts = {"store": str(command.store), "shards": store.shards, "damaged": [dataclasses.asdict(one) for one in found]}
     lines = [f"shard {one.shard} ({one.images} images): {one.why}" for one in found]
-    say(
-        command.json,
-        facts,
-        "\n".join([*lines, f"{command.store}: {store.shards - len(found)} of {store.shards} shards whole"]),
-    )
+    lines.append(f"{command.store}: {store.shards - len(found)} of {store.shards} shards whole")
+    say(command.json, facts, "\n".join(lines))
     return 1 if found else 0

@@ -26,6 +26,7 @@ STORE_TYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
 }
 
+_DIGITS = 32  # of a digest
 _PARTS = ("features", "cls", "registers")
 
 
@@ -89,10 +90,10 @@ def write_shard(
             }
         listed.append({"id": name, "digest": _digest_of(own), "taps": taps})
         tensors |= {f"{number}/{part}": value for part, value in own.items()}
-    facts = {"format": FORMAT, "settings": json.dumps(dict(settings), sort_keys=True), "images": json.dumps(listed)}
-    facts["broken"] = json.dumps(dict(broken or {}))
-    facts["digest"] = _facts_digest(facts)
-    write_whole(path, save(tensors, metadata=facts))
+    facts = {"settings": dict(settings), "images": listed, "broken": dict(broken or {})}
+    text = json.dumps(facts, sort_keys=True)
+    # In one entry, for safetensors writes several in an order that differs from run to run.
+    write_whole(path, save(tensors, metadata={FORMAT: _digest_text(text) + text}))
 
 
 def read_header(path: Path) -> Header:
@@ -189,12 +190,12 @@ def _opened(path: Path) -> Any:
 
 def _header(path: Path, file: Any) -> Header:
     facts = file.metadata() or {}
-    if facts.get("format") != FORMAT:
-        raise StoreError(f"expected '{path}' to be a shard ({FORMAT}), got format {facts.get('format')!r}")
-    if facts.get("digest") != _facts_digest(facts):
+    if FORMAT not in facts:
+        raise StoreError(f"expected '{path}' to be a shard ({FORMAT}), got a file of another kind")
+    digest, text = facts[FORMAT][:_DIGITS], facts[FORMAT][_DIGITS:]
+    if digest != _digest_text(text):
         raise StoreError(f"expected the header of '{path}' as it was written, but it was changed or damaged")
-    settings, images, broken = (json.loads(facts[name]) for name in ("settings", "images", "broken"))
-    return Header(settings, images, broken)
+    return Header(**json.loads(text))
 
 
 def _names_of(file: Any, position: int) -> list[str]:
@@ -203,7 +204,7 @@ def _names_of(file: Any, position: int) -> list[str]:
 
 
 def _digest_of(tensors: Mapping[str, Tensor]) -> str:
-    found = blake2b(digest_size=16)
+    found = blake2b(digest_size=_DIGITS // 2)
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -211,11 +212,8 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _facts_digest(facts: Mapping[str, str]) -> str:
-    found = blake2b(digest_size=16)
-    for name in ("format", "settings", "images", "broken"):
-        found.update(f"{len(facts.get(name, ''))} {facts.get(name, '')}".encode())
-    return found.hexdigest()
+def _digest_text(text: str) -> str:
+    return blake2b(text.encode(), digest_size=_DIGITS // 2).hexdigest()
 
 
 def _paired(value: Any) -> Any:

@@ -34,8 +34,8 @@ class Damage:
     images: int
 
 
-class Store(Mapping[str, Descriptors]):
-    """Descriptors of many images on disk, by the images' ids: a mapping that reads one image at a time.
+class Store:
+    """Descriptors of many images on disk, by the images' ids: indexed like a mapping, it reads one image at a time.
 
     Which images a shard has follows from the list of ids alone: shard n has those from n · per_shard on. So nothing has
     to be kept in step with the shards: what is missing is seen from the files, and a run goes on from there.
