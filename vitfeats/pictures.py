@@ -1,8 +1,10 @@
 """Many pictures to learn from: a folder or a tar file, in the order of their names, in memory where they fit."""
 
 import io
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -247,7 +249,7 @@ def picture_items(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                     content = archive.extractfile(member)
                     assert content is not None
                     yield name, partial(_opened, content.read())
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise StoreError(f"expected a folder or a tar file of pictures at '{source}', but: {error}") from error
 
 
@@ -256,7 +258,7 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise ImageError("expected a picture, but its format is none that is known") from error
-    except OSError as error:
+    except Exception as error:  # each of Pillow's readers has its own way to fail
         raise ImageError(f"expected a picture, but: {error}") from error
 
 

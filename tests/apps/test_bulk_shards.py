@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,16 @@ def test_only_the_bytes_of_the_image_that_is_asked_for_matter(path):
         assert f"the features of '{'abc'[damaged]}' are not those that were written" in str(check_shard(path))
 
 
+def test_taps_come_back_in_the_order_in_which_they_were_asked(path):
+    written = of_image(0)
+    turned = Descriptors([(str(tap), written[tap]) for tap in reversed(list(written))])
+    write_shard(path, [("a", written), ("b", turned)], settings=SETTINGS)
+    assert [list(map(str, read_image(path, position))) for position in (0, 1)] == [
+        ["key@1", "token@0"],
+        ["token@0", "key@1"],
+    ]
+
+
 def test_a_position_that_is_not_there_is_no_image(path):
     write_shard(path, [("a", of_image(0))], settings=SETTINGS)
     for position in (1, -1):
@@ -253,15 +264,13 @@ def test_a_flipped_bit_is_found_or_changes_nothing(whole, data):
     place, bit = data.draw(ranges, "byte"), data.draw(st.integers(0, 7), "bit")
     path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
     assert check_shard(path) is not None or known(path) == before
-    try:
+    with suppress(StoreError):  # what is read without a check may be wrong, but raises no other error
         known(path)
-    except StoreError as error:  # of no other kind
-        assert str(path) in str(error)
 
 
 def test_a_shard_that_was_cut_off_anywhere_is_found(whole):
     path, content = whole
-    for length in itertools.chain(range(0, 40), range(40, len(content), 7), range(len(content) - 9, len(content))):
+    for length in itertools.chain(range(40), range(40, len(content), 7), range(len(content) - 9, len(content))):
         path.write_bytes(content[:length])
         assert "expected a whole shard" in str(check_shard(path)), length
         with pytest.raises(StoreError, match="cannot be read"):
@@ -278,7 +287,7 @@ def test_what_is_no_shard_is_refused(path, tmp_path):
     path.write_bytes(b"not a shard at all, whatever its name says")
     assert "it cannot be read" in str(check_shard(path))
     save_file({"x": torch.zeros(2)}, path)
-    told = r"expected '.*part.safetensors' to be a shard \(vitfeats.store/1\), got format None"
+    told = r"expected '.*part.safetensors' to be a shard \(vitfeats.store/1\), got a file of another kind"
     for read in (read_header, lambda path: read_image(path, 0)):
         with pytest.raises(StoreError, match=told):
             read(path)
@@ -289,8 +298,12 @@ def test_what_is_no_shard_is_refused(path, tmp_path):
 
 
 def test_a_header_that_was_edited_is_refused(path):
-    save_file({}, path, metadata={"format": "vitfeats.store/1", "settings": "{}", "images": "[]", "broken": "{}"})
-    with pytest.raises(StoreError, match="expected the header of '.*' as it was written, but it was changed or damaged"):
+    write_shard(path, [("a", of_image(0))], settings=SETTINGS, broken={"b": "why"})
+    edited = path.read_bytes().replace(b"why", b"Why")
+    path.write_bytes(edited)
+    with pytest.raises(
+        StoreError, match="expected the header of '.*' as it was written, but it was changed or damaged"
+    ):
         read_header(path)
     assert "changed or damaged" in str(check_shard(path))
 

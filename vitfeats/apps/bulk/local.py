@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitfeats.api import load_extractor
-from vitfeats.apps.bulk.shards import StoreType, write_shard
+from vitfeats.apps.bulk.shards import STORE_TYPES, StoreType, write_shard
 from vitfeats.apps.bulk.store import create_store, locked
 from vitfeats.descriptor import Descriptors
 from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError
@@ -101,6 +101,12 @@ def extract(
         UnknownModelError, WeightsUnavailableError, TapError: As for :func:`~vitfeats.load_extractor` and its extractor.
     """
     start = time.perf_counter()
+    if dtype not in STORE_TYPES:
+        raise ConfigError(f"expected dtype {', '.join(map(repr, STORE_TYPES))}, got {dtype!r}")
+    if batch_size < 1 or per_shard < 1 or (workers is not None and workers < 1):
+        raise ConfigError(
+            f"expected batch_size, per_shard and workers of at least 1, got {batch_size}, {per_shard} and {workers}"
+        )
     items = source_items(source)
     extractor = model
     if not isinstance(extractor, Extractor):
@@ -111,7 +117,7 @@ def extract(
         raise ConfigError("expected at least one tap, got none; for example 'key@11'")
     folder = Path(out)
     made = 0
-    with locked(folder), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with locked(folder), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         store = create_store(folder, list(items), settings_of(extractor, asked, dtype), per_shard)
         todo = store.missing()
         wanted = [(number, name) for number in todo for name in store.ids_of(number)]
@@ -154,7 +160,7 @@ def source_items(source: Path | str) -> dict[str, Callable[[], Any]]:
     path = Path(source)
     if path.suffix.lower() in (".txt", ".lst") and path.is_file():
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise StoreError(f"expected a list of images, one a line, at '{path}', but: {error}") from error
         named = [(line, (lambda line=line: Path(line))) for line in lines if line]
@@ -225,17 +231,24 @@ def _whole(
     """Yield the images of a shard that can be read; note why the others cannot."""
     for name in names:
         image = next(loaded)
-        try:
-            if isinstance(image, ImageError):
-                raise image
-            extractor.preprocess.network_size((image.shape[1], image.shape[2]))
-        except (ImageError, ShapeError) as error:
+        why = str(image) if isinstance(image, ImageError) else _too_long(image, extractor)
+        if why is not None:
             if strict:
-                raise type(error)(f"'{name}': {error}") from error
-            broken[name] = str(error)
+                raise ImageError(f"'{name}': {why}")
+            broken[name] = why
             continue
+        assert isinstance(image, Tensor)
         whole.append(name)
         yield image
+
+
+def _too_long(image: Tensor, extractor: Extractor) -> str | None:
+    """Return why an image is too long for the model's size, or None."""
+    try:
+        extractor.preprocess.network_size((image.shape[1], image.shape[2]))
+    except ShapeError as error:
+        return str(error)
+    return None
 
 
 def _check_space(
@@ -249,10 +262,10 @@ def _check_space(
     """Refuse a run that the disk could not hold, by what a first image takes."""
     for _, name in wanted:
         image = _loaded(items[name])
-        if isinstance(image, ImageError):
+        if isinstance(image, ImageError) or _too_long(image, extractor):
             continue
         one: Descriptors = extractor(image, list(taps))  # type: ignore[assignment] - several taps
-        bytes_each = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
+        bytes_each = STORE_TYPES[dtype].itemsize
         needed = _SPARE * len(wanted) * sum(d.features.numel() * bytes_each for d in one.values())
         free = shutil.disk_usage(folder).free
         if needed > free:

@@ -90,8 +90,8 @@ def write_shard(
             }
         listed.append({"id": name, "digest": _digest_of(own), "taps": taps})
         tensors |= {f"{number}/{part}": value for part, value in own.items()}
-    facts = {"settings": dict(settings), "images": listed, "broken": dict(broken or {})}
-    text = json.dumps(facts, sort_keys=True)
+    facts = {"settings": dict(sorted(settings.items())), "images": listed, "broken": dict(broken or {})}
+    text = json.dumps(facts)
     # In one entry, for safetensors writes several in an order that differs from run to run.
     write_whole(path, save(tensors, metadata={FORMAT: _digest_text(text) + text}))
 

@@ -52,12 +52,14 @@ class Store:
         about = _read_json(self.path / ABOUT)
         if about.get("format") != FORMAT:
             raise StoreError(f"expected a store ({FORMAT}) at '{self.path}', got format {about.get('format')!r}")
+        if not {"settings", "per_shard", "ids"} <= set(about):
+            raise StoreError(f"expected '{self.path / ABOUT}' as it was written, but something is missing in it")
         self.settings: dict[str, Any] = about["settings"]
         self.per_shard: int = about["per_shard"]
         self.ids = _read_ids(self.path / IDS)
         if digest_of(self.ids) != about["ids"]:
             raise StoreError(f"expected the list of images of '{self.path}' as it was written, but it was changed")
-        self._header = lru_cache(_KEPT)(lambda number: read_header(self.shard_path(number)))
+        self._header = lru_cache(_KEPT)(self._read_header)
 
     @property
     def taps(self) -> list[str]:
@@ -90,7 +92,7 @@ class Store:
         """
         place = self._place(name)
         if place is None:
-            raise KeyError(f"expected an image of the store, got {name!r}. {nearest_names(name, self.ids[:1000])}")
+            raise KeyError(f"expected an image of the store, got {name!r}. {nearest_names(name, self.ids[:20])}")
         number = place // self.per_shard
         header: Header = self._header(number)
         if name in header.broken:
@@ -141,7 +143,7 @@ class Store:
         missing = set(self.missing())
         for number in range(self.shards):
             names = self.ids_of(number)
-            why = "it is missing" if number in missing else self._why(number, names)
+            why = "it is missing" if number in missing else self._why(number)
             if why is not None:
                 yield Damage(number, why, len(names))
 
@@ -154,17 +156,21 @@ class Store:
         self._header.cache_clear()
         return found
 
-    def _why(self, number: int, names: list[str]) -> str | None:
+    def _read_header(self, number: int) -> Header:
         path = self.shard_path(number)
-        why = check_shard(path)
-        if why is not None:
-            return why
         header = read_header(path)
         if header.settings != self.settings:
-            return f"'{path.name}' was made with other settings"
-        if sorted([*header.ids, *header.broken]) != sorted(names):
-            return f"'{path.name}' has other images than the store's list"
-        return None
+            raise StoreError(f"expected a shard of this store, but '{path}' was made with other settings")
+        if sorted([*header.ids, *header.broken]) != sorted(self.ids_of(number)):
+            raise StoreError(f"expected a shard of this store, but '{path}' has other images than the store's list")
+        return header
+
+    def _why(self, number: int) -> str | None:
+        try:
+            self._read_header(number)
+        except StoreError as error:
+            return str(error)
+        return check_shard(self.shard_path(number))
 
     def _place(self, name: str) -> int | None:
         if not hasattr(self, "_places"):
@@ -198,6 +204,8 @@ def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, An
     if (folder / ABOUT).exists():
         _check_same(folder, _read_json(folder / ABOUT), json.loads(json.dumps(about)))
         return Store(folder)
+    if any(folder.glob("part-*.safetensors")):
+        raise StoreError(f"expected an empty folder for a new store, but '{folder}' has shards and no {ABOUT}")
     write_whole(folder / IDS, "".join(f"{json.dumps(name)}\n" for name in ids).encode())
     write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())  # last: with it there is a store
     return Store(folder)

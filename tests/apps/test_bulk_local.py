@@ -1,0 +1,540 @@
+"""Extraction to disk: the numbers of the extractor, whatever the source, the workers and the interruptions."""
+
+import gzip
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitfeats as vf
+from vitfeats.apps.bulk import local
+from vitfeats.apps.bulk.local import Summary, extract, source_items
+from vitfeats.apps.bulk.shards import check_shard, write_shard
+from vitfeats.apps.bulk.store import Store, locked
+from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError, TapError, UnknownModelError
+from vitfeats.preprocess import load_image
+
+TAPS = ["key@1", "token@2"]
+SIZES = {"a/one.png": (40, 30), "a/two.png": (30, 40), "b/c/three.png": (64, 64), "five.png": (40, 30)}
+SIZES |= {"four.png": (90, 33), "six.png": (7, 7), "z.png": (40, 30)}
+NAMES = sorted(SIZES)
+
+
+def paint(path: Path, size: tuple[int, int], seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Seven pictures of five sizes, in folders in a folder, and a file that is none."""
+    root = tmp_path / "pictures"
+    for seed, (name, size) in enumerate(SIZES.items()):
+        paint(root / name, size, seed)
+    (root / "notes.md").write_text("no picture")
+    return root
+
+
+def tarred(folder: Path, path: Path, mode: str = "w", start: str = ".") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload] - the mode is known at run time only
+        archive.add(folder, arcname=start)
+    return path
+
+
+def run(mini, source, out, **settings) -> Summary:
+    return extract(
+        source, out, **{"model": mini, "taps": TAPS, "per_shard": 3, "batch_size": 3, "workers": 2, **settings}
+    )
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("part-*"))}
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def assert_same(found: vf.Descriptors, expected: vf.Descriptors) -> None:
+    assert list(found) == list(expected)
+    for d, other in zip(found.values(), expected.values(), strict=True):
+        assert (d.grid, d.frames, d.model, d.heads) == (other.grid, other.frames, other.model, other.heads)
+        assert torch.equal(d.features, other.features)
+        for part in ("cls", "registers"):
+            one, two = getattr(d, part), getattr(other, part)
+            assert (one is None) == (two is None)
+            assert one is None or torch.equal(one, two)
+
+
+def test_a_store_has_the_numbers_of_the_extractor(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "out", dtype="float32")
+    store = Store(tmp_path / "out")
+    assert store.ids == NAMES
+    assert store.taps == TAPS
+    assert list(store.check()) == []
+    expected = mini.each([folder / name for name in NAMES], TAPS, batch_size=3)  # shards end where batches do
+    for name, descriptors in zip(NAMES, expected, strict=True):
+        assert_same(store[name], descriptors)
+    assert [name for name, _ in store.each()] == NAMES
+
+
+def test_taps_come_back_as_they_were_asked(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "out", taps=["token@2", "key@-1", "token@2"])
+    found = Store(tmp_path / "out")["z.png"]
+    assert list(map(str, found)) == Store(tmp_path / "out").taps
+    assert list(map(str, found)) == list(map(str, mini(folder / "z.png", ["token@2", "key@-1"])))
+
+
+def test_no_tap_is_the_usual_tap_of_the_model(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "out", taps=None, dtype="float32")
+    store = Store(tmp_path / "out")
+    (found,) = store["z.png"].values()
+    assert torch.allclose(found.features, mini(folder / "z.png").features, atol=1e-5)
+    assert store.taps == [str(found.tap)]
+
+
+def test_a_model_by_name_is_the_same_store(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "out")
+    run("mini", folder, tmp_path / "named", size=112, device="cpu")
+    assert everything(tmp_path / "out") == everything(tmp_path / "named")
+
+
+def test_a_folder_a_tar_file_and_a_list_give_the_same_shards(mini, folder, tmp_path, monkeypatch):
+    run(mini, folder, tmp_path / "out")
+    expected = everything(tmp_path / "out")
+    for number, (mode, start) in enumerate({"w": ".", "w:gz": "."}.items()):
+        run(mini, tarred(folder, tmp_path / f"{number}.tar", mode, start), tmp_path / f"out{number}")
+        assert everything(tmp_path / f"out{number}") == expected
+    monkeypatch.chdir(folder)
+    (tmp_path / "list.txt").write_text("\n  ".join(reversed(NAMES)) + "\n\n")
+    run(mini, tmp_path / "list.txt", tmp_path / "listed")
+    assert everything(tmp_path / "listed") == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_the_type_on_disk_is_the_one_that_was_asked_for(mini, folder, tmp_path, dtype):
+    summary = run(mini, folder, tmp_path / "out", dtype=dtype)
+    store = Store(tmp_path / "out")
+    assert store.settings["dtype"] == dtype
+    tokens = sum(d.features.numel() for _, ds in store.each() for d in ds.values())
+    assert tokens * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[dtype] < summary.bytes
+    expected = mini(folder / "z.png", "key@1")
+    error = (store["z.png"]["key@1"].features - expected.features).abs().max() / expected.features.abs().max()
+    assert error < {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "int8": 1e-2}[dtype]
+
+
+def test_workers_do_not_change_a_byte(mini, folder, tmp_path):
+    (folder / "broken.png").write_bytes(b"no picture")
+    found = []
+    for workers in (1, 3, None):
+        run(mini, folder, tmp_path / f"{workers}", workers=workers)
+        found.append(everything(tmp_path / f"{workers}"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_summary_tells_what_a_run_did(mini, folder, tmp_path):
+    (folder / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    first = run(mini, folder, out)
+    assert [field.name for field in fields(first)] == ["path", "images", "made", "broken", "seconds", "bytes"]
+    assert (first.path, first.images, first.made, list(first.broken)) == (out, 7, 7, ["broken.png"])
+    assert first.broken == Store(out).broken()
+    assert first.bytes == sum(map(len, shards(out).values()))
+    assert first.rate == pytest.approx(7 / first.seconds)
+    again = run(mini, folder, str(out))
+    assert (again.images, again.made, again.broken, again.bytes, again.rate) == (7, 0, first.broken, first.bytes, 0.0)
+    Store(out).shard_path(2).unlink()
+    third = run(mini, folder, out)
+    assert (third.images, third.made) == (7, len(Store(out).ids_of(2)))
+
+
+def spoil(folder: Path) -> list[str]:
+    """Add files of several kinds that are no whole pictures; return their names."""
+    whole = (folder / "b/c/three.png").read_bytes()
+    (folder / "a").mkdir(exist_ok=True)
+    (folder / "empty.png").touch()
+    (folder / "a/text.jpg").write_text("no picture")
+    (folder / "a/cut.png").write_bytes(whole[: len(whole) // 2])
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
+    (folder / "damaged.png").write_bytes(damaged)
+    header = bytearray(whole)
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # more pixels than Pillow opens
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (folder / "huge.png").write_bytes(header)
+    Image.new("RGB", (1, 1400)).save(folder / "a/long.png")  # too many tokens once its shorter side is 112
+    return sorted(["empty.png", "a/text.jpg", "a/cut.png", "damaged.png", "huge.png", "a/long.png"])
+
+
+def test_broken_files_are_noted_and_skipped(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "whole", dtype="float32", per_shard=100, batch_size=100)
+    bad = spoil(folder)
+    summary = run(mini, folder, tmp_path / "out", dtype="float32", per_shard=100, batch_size=100)
+    assert sorted(summary.broken) == bad
+    assert all(why.startswith("expected ") for why in summary.broken.values())
+    assert (summary.images, summary.made) == (7, 7)
+    store, whole = Store(tmp_path / "out"), Store(tmp_path / "whole")
+    assert list(store.check()) == []
+    assert [name for name, _ in store.each()] == NAMES
+    for name in NAMES:
+        assert_same(store[name], whole[name])
+
+
+@pytest.mark.parametrize("name", ["empty.png", "a/text.jpg", "a/cut.png", "damaged.png", "huge.png", "a/long.png"])
+@pytest.mark.parametrize("packed", ["folder", "tar", "tar.gz", "list"])
+def test_every_kind_of_broken_file_is_skipped_in_every_kind_of_source(mini, tmp_path, monkeypatch, name, packed):
+    paint(tmp_path / "pictures/b/c/three.png", (64, 64), 0)
+    root = tmp_path / "pictures"
+    for other in {*spoil(root)} - {name}:
+        (root / other).unlink()
+    source = root
+    if packed.startswith("tar"):
+        source = tarred(root, tmp_path / "pictures.tar", "w:gz" if packed == "tar.gz" else "w")
+    if packed == "list":
+        monkeypatch.chdir(root)
+        source = tmp_path / "list.txt"
+        source.write_text(f"{name}\nb/c/three.png\n")
+    summary = run(mini, source, tmp_path / "out", taps=["key@0"])
+    assert list(summary.broken) == [name]
+    assert summary.broken[name].startswith("expected ")
+    assert (summary.images, summary.made) == (1, 1)
+    with pytest.raises((ImageError, ShapeError), match=f"'{name}': expected "):
+        run(mini, source, tmp_path / "strict", taps=["key@0"], strict=True)
+    assert shards(tmp_path / "strict") == {}
+
+
+def test_a_shard_of_broken_files_alone_is_made(mini, tmp_path):
+    for number in range(5):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{number}.png").write_bytes(b"no picture")
+    summary = run(mini, tmp_path / "pictures", tmp_path / "out")
+    assert (summary.images, summary.made, len(summary.broken)) == (0, 0, 5)
+    assert list(Store(tmp_path / "out").check()) == []
+    assert list(Store(tmp_path / "out").each()) == []
+    assert run(mini, tmp_path / "pictures", tmp_path / "out").broken == summary.broken
+
+
+def test_strict_stops_at_the_file_and_names_it(mini, folder, tmp_path):
+    (folder / "g.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"'g.png': expected an image"):
+        run(mini, folder, tmp_path / "out", strict=True)
+    before = shards(tmp_path / "out")  # those ahead of it are whole
+    assert list(before) == ["part-0000000.safetensors"]
+    paint(folder / "g.png", (20, 20), 9)
+    assert run(mini, folder, tmp_path / "out", strict=True).images == 8
+    assert {**shards(tmp_path / "out"), **before} == shards(tmp_path / "out")
+
+
+def test_files_that_a_list_names_and_that_are_not_there_are_broken(mini, folder, tmp_path):
+    listed = tmp_path / "list.lst"
+    listed.write_text(f"{folder}/z.png\n{folder}/none.png\n{folder}/a\n")
+    summary = run(mini, listed, tmp_path / "out")
+    assert "there is none" in summary.broken[f"{folder}/none.png"]
+    assert "got the folder" in summary.broken[f"{folder}/a"]
+    assert summary.images == 1
+
+
+def test_a_name_that_is_no_text_is_an_id_all_the_same(mini, folder, tmp_path):
+    odd = [os.fsdecode(b"caf\xe9.png"), "zeile\nzwei.png", "日本 'é'.png"]
+    for name in odd:
+        shutil.copy(folder / "z.png", folder / name)
+    run(mini, folder, tmp_path / "out", dtype="float32")
+    store = Store(tmp_path / "out")
+    assert set(odd) < set(store)
+    assert list(store.check()) == []
+    assert all(torch.allclose(store[n]["key@1"].features, store["z.png"]["key@1"].features, atol=1e-5) for n in odd)
+
+
+@pytest.mark.parametrize("lost", [[1], [0, 2], [0, 1, 2]])
+def test_shards_that_are_missing_are_made_again_to_the_byte(mini, folder, tmp_path, lost):
+    (folder / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    run(mini, folder, out)
+    before = everything(out)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    for number in lost:
+        path = Store(out).shard_path(number)
+        path.unlink()
+        del kept[path]
+    run(mini, folder, out)
+    assert everything(out) == before
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+
+
+def test_damage_is_removed_and_made_again_to_the_byte(mini, folder, tmp_path):
+    out = tmp_path / "out"
+    run(mini, folder, out)
+    before = everything(out)
+    for number, path in enumerate(sorted(out.glob("part-*"))):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] if number else b"\0" + content[1:])
+    assert [damage.shard for damage in Store(out).remove_damaged()] == [0, 1, 2]
+    run(mini, folder, out)
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["reading", "model", "writing"])
+def test_an_interrupted_run_leaves_whole_shards_only(mini, folder, tmp_path, monkeypatch, error, where):
+    run(mini, folder, tmp_path / "whole", workers=1)
+    calls = []
+
+    def stopping(original, after):
+        def stopped(*given, **settings):
+            calls.append(given)
+            if len(calls) > after:
+                raise error("in the middle")
+            return original(*given, **settings)
+
+        return stopped
+
+    with monkeypatch.context() as patch:
+        if where == "reading":
+            patch.setattr(local, "load_image", stopping(local.load_image, 6))
+        elif where == "writing":
+            patch.setattr(local, "write_shard", stopping(write_shard, 1))
+        else:
+            each, through = mini.each, stopping(lambda found: found, 4)
+            patch.setattr(mini, "each", lambda *given, **settings: map(through, each(*given, **settings)))
+        with pytest.raises(error, match="in the middle"):
+            run(mini, folder, tmp_path / "out", workers=1)
+    with locked(tmp_path / "out"):
+        pass
+    left = shards(tmp_path / "out")
+    assert len(left) < 3
+    assert all(check_shard(tmp_path / "out" / name) is None for name in left)
+    assert left.items() <= shards(tmp_path / "whole").items()
+    assert list((tmp_path / "out").glob(".*.tmp")) == []
+    run(mini, folder, tmp_path / "out", workers=1)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(tmp_path):
+    source = random.Random(5)
+    for number in range(60):
+        paint(tmp_path / f"pictures/{number:02}.png", (source.randint(20, 99), source.randint(20, 99)), number)
+    (tmp_path / "pictures/31.png").write_bytes(b"no picture")
+    code = (
+        "import sys; from vitfeats.apps.bulk import extract;"
+        f"extract('pictures', sys.argv[1], model='mini', size=112, taps={TAPS!r}, per_shard=2, workers=2, device='cpu')"
+    )
+
+    def start(name: str) -> subprocess.Popen:
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same bits come from as many threads
+        return subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path, env=alone)
+
+    assert start("whole").wait() == 0
+    out, cut = tmp_path / "killed", 0
+    for reached in sorted(source.sample(range(1, 25), 5)):
+        process = start("killed")
+        while process.poll() is None and len(shards(out)) < reached:
+            time.sleep(0.001)
+        time.sleep(source.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it must not have come to its end"
+        cut += len(shards(out)) < 30
+        assert shards(out).items() <= shards(tmp_path / "whole").items()
+    assert cut == 5
+    assert start("killed").wait() == 0
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_another_run_is_refused(mini, folder, tmp_path):
+    out = tmp_path / "out"
+    run(mini, folder, out)
+    before = everything(out)
+
+    def refused(message: str, **settings) -> None:
+        with pytest.raises(ConfigError, match=message):
+            run(**{"mini": mini, "source": folder, "out": out, **settings})
+        assert everything(out) == before
+
+    refused(r"these differ: taps: \['key@1', 'token@2'\] there, \['key@1'\] here. Use another folder", taps=["key@1"])
+    refused("these differ: taps: ", taps=TAPS[::-1])
+    refused("these differ: dtype: 'float16' there, 'int8' here", dtype="int8")
+    refused("these differ: per_shard: 3 there, 4 here", per_shard=4)
+    refused("these differ: size: 112 there, 96 here", mini=mini.resized(size=96))
+    refused("these differ: stride: 16 there, 8 here", mini=mini.resized(stride=8))
+    other = vf.load_extractor("mini", size=112, device="cpu")
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1
+    refused("these differ: weights: '[0-9a-f]+' there, '[0-9a-f]+' here", mini=other)
+    paint(folder / "new.png", (20, 20), 0)
+    refused("these differ: ids: ")
+
+
+def test_a_run_beside_another_is_refused(mini, folder, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(StoreError, match="another run is at work there"):
+        run(mini, folder, tmp_path / "out")
+    assert shards(tmp_path / "out") == {}
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(mini, folder, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    numbers = sum(d.features.numel() for d in mini(folder / NAMES[0], TAPS).values())
+    expected = 7 * numbers * 2  # bytes of float16, from the first image
+    for free, fits in ((expected // 2, False), (expected, False), (2 * expected, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(10**12, 10**12 - free, free))
+        if fits:
+            run(mini, folder, tmp_path / "out")
+            continue
+        told = r"expected a disk that holds about \d+\.\d GB at '.*out', but \d+\.\d GB are free; read fewer taps"
+        with pytest.raises(StoreError, match=told):
+            run(mini, folder, tmp_path / "out")
+        assert shards(tmp_path / "out") == {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 0))
+    assert run(mini, folder, tmp_path / "out").made == 0, "what is there needs no room"
+
+
+def test_a_source_without_images_is_refused(mini, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    tarred(tmp_path / "empty", tmp_path / "empty.tar")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name in ("empty", "empty.tar", "empty.txt"):
+        with pytest.raises(ConfigError, match=f"expected images in '.*{name}', got none"):
+            run(mini, tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_cannot_be_read_is_refused(mini, tmp_path):
+    (tmp_path / "text.tar").write_text("no tar file")
+    for name in ("none", "none.tar", "none.txt", "text.tar"):
+        with pytest.raises(StoreError, match="expected a folder or a tar file of pictures at"):
+            run(mini, tmp_path / name, tmp_path / "out")
+    (tmp_path / "list.txt").write_bytes(b"\xff\xff\n")
+    with pytest.raises(StoreError, match="expected a list of images, one a line, at '.*list.txt', but"):
+        run(mini, tmp_path / "list.txt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tar_file_that_was_cut_off_is_no_half_a_source(folder, tmp_path):
+    archive = tarred(folder, tmp_path / "pictures.tar.gz", "w:gz")
+    archive.write_bytes(archive.read_bytes()[:-400])
+    with pytest.raises(StoreError, match="expected a folder or a tar file of pictures"):
+        source_items(archive)
+    archive.write_bytes(gzip.compress(b"no tar file"))
+    with pytest.raises(StoreError, match="expected a folder or a tar file of pictures"):
+        source_items(archive)
+
+
+def test_images_that_are_listed_twice_are_refused(mini, folder, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{folder}/z.png\n{folder}/six.png\n{folder}/z.png\n")
+    twice = tmp_path / "twice.tar"
+    with tarfile.open(twice, "w") as archive:
+        archive.add(folder / "z.png", arcname="z.png")
+        archive.add(folder / "six.png", arcname="./z.png")
+    for source in (tmp_path / "list.txt", twice):
+        with pytest.raises(ConfigError, match="expected images of different names in '.*', got some twice"):
+            run(mini, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_items_of_a_source_are_in_the_order_of_their_ids(folder, tmp_path):
+    for source in (folder, tarred(folder, tmp_path / "pictures.tar")):
+        items = source_items(source)
+        assert list(items) == NAMES
+        assert all(load_image(opener()).shape == (3, *SIZES[name][::-1]) for name, opener in items.items())
+
+
+def test_what_makes_no_run_is_refused(mini, folder, tmp_path):
+    with pytest.raises(ConfigError, match="expected at least one tap, got none"):
+        run(mini, folder, tmp_path / "out", taps=[])
+    with pytest.raises(TapError):
+        run(mini, folder, tmp_path / "out", taps=["key@99"])
+    with pytest.raises(UnknownModelError):
+        run("no such model", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for per_shard in (0, -2):
+        with pytest.raises(ConfigError, match="expected batch_size, per_shard and workers of at least 1, got 3, "):
+            run(mini, folder, tmp_path / "out", per_shard=per_shard)
+    with pytest.raises(ConfigError, match="expected batch_size, per_shard and workers of at least 1, got 0, "):
+        run(mini, folder, tmp_path / "out", batch_size=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="expected to write into"):
+        run(mini, folder, tmp_path / "file")
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"dtype": "float64"}, "expected dtype"), ({"workers": -1}, "workers")],
+)
+def test_settings_that_make_no_sense_leave_no_store(mini, folder, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run(mini, folder, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "store.json").exists()
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_no_more_than_so_many_are_read_ahead(most, workers):
+    taken, lock, begun = [], threading.Lock(), []
+
+    def given():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    def work(number):
+        with lock:
+            begun.append(number)
+        time.sleep(0.001 * (number % 3))  # so that they do not end in order
+        return number * number
+
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = local._ahead(pool, work, given(), most)
+        assert taken == [], "nothing is read before it is asked for"
+        for number, made in enumerate(ahead):
+            assert made == number * number
+            assert len(taken) - number <= most
+            assert len(begun) - number <= most
+        assert number == 19
+        assert sorted(begun) == list(range(20))
+        assert list(local._ahead(pool, work, [], most)) == []
+
+
+def test_an_error_of_the_work_comes_in_its_place_and_stops_the_rest():
+    begun, released = [], threading.Event()
+
+    def work(number):
+        begun.append(number)
+        if number == 2:
+            raise ZeroDivisionError("the third")
+        if number > 2:
+            released.wait(10)
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = local._ahead(pool, work, range(100), 6)
+        assert [next(ahead), next(ahead)] == [0, 1]
+        with pytest.raises(ZeroDivisionError, match="the third"):
+            next(ahead)
+        released.set()
+    assert set(begun) <= {0, 1, 2, 3}, "what waits is cancelled"
+
+
+def test_an_error_of_what_is_given_passes_through():
+    def given():
+        yield from (1, 2)
+        raise ZeroDivisionError("given")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError, match="given"):
+        list(local._ahead(pool, lambda number: number, given(), 4))
