@@ -117,12 +117,15 @@ def extract(
         raise ConfigError("expected at least one tap, got none; for example 'key@11'")
     folder = Path(out)
     made = 0
-    with locked(folder), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    threads = workers or os.cpu_count() or 1
+    with locked(folder), ThreadPoolExecutor(threads) as pool:
         store = create_store(folder, list(items), settings_of(extractor, asked, dtype), per_shard)
         todo = store.missing()
         wanted = [(number, name) for number in todo for name in store.ids_of(number)]
         _check_space(folder, extractor, asked, items, wanted, dtype)
-        loaded = _ahead(pool, lambda place: _loaded(items[place[1]]), wanted, 4 * batch_size)
+        # Few: photographs wait as floats, at their own size.
+        ahead = 2 * min(threads, batch_size)
+        loaded = _ahead(pool, lambda place: _loaded(items[place[1]]), wanted, ahead)
         with tqdm(total=len(wanted), unit="image", disable=not progress) as bar:
             for number in todo:
                 names = store.ids_of(number)
