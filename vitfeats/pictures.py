@@ -209,7 +209,7 @@ def picture_files(folder: Path, *, deep: bool = True) -> list[Path]:
         ConfigError: If there is none.
     """
     inside = folder.rglob("*") if deep else folder.iterdir()
-    found = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in inside if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not found:
         raise _none(folder, chosen=False)
     return found

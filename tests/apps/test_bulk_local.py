@@ -372,6 +372,7 @@ def test_another_run_is_refused(mini, folder, tmp_path):
     refused("these differ: per_shard: 3 there, 4 here", per_shard=4)
     refused("these differ: size: 112 there, 96 here", mini=mini.resized(size=96))
     refused("these differ: stride: 16 there, 8 here", mini=mini.resized(stride=8))
+    refused("these differ: norm: False there, True here", mini=vf.load_extractor("mini", size=112, norm=True))
     other = vf.load_extractor("mini", size=112, device="cpu")
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1

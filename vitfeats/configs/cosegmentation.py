@@ -22,8 +22,8 @@ class CosegmentConfig:
         size: Shorter side of the network's input in pixels, or height and width. Default: the model's own.
         stride: Step between tokens in pixels. Default: half the patch, where tokens can overlap.
         saliency: How likely each token is foreground: "attention" of CLS at the last block, as published; "border", how
-            little a token is like those at the border of its image (the block's output is compared), which needs no
-            CLS; "both", their mean.
+            little a token is like those at the border of its image (by the output of the last block), which needs no
+            CLS; "both", that plus 0.3 times the attention, where there is one, stretched to 0..1.
         heads: Heads of which attention is averaged; default all.
         clusters: Number of clusters; 0 chooses it by the elbow rule.
         elbow: The elbow rule stops at the first number of clusters whose sum of squared distances is more than `elbow`

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,17 +186,30 @@ def settings_of(extractor: Extractor, taps: Sequence[str], dtype: StoreType) -> 
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     preprocess = extractor.preprocess
+    # What kinds of extractors are told beside that: final norm, q/k norm, rotary embedding, noise and steps, parts.
+    told: dict[str, Any] = {
+        name: getattr(extractor, name, None) for name in ("norm", "norm_qk", "rope", "anatomy", "diffusion")
+    }
     return {
+        **{name: _plain(value) for name, value in told.items() if value is not None},
         "model": extractor.card.name,
         "weights": weights.hexdigest(),
         "taps": list(taps),
         "size": list(preprocess.size) if isinstance(preprocess.size, tuple) else preprocess.size,
         "stride": preprocess.stride,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
         "precision": "float32" if extractor.autocast is None else str(extractor.autocast).removeprefix("torch."),
         "dtype": dtype,
         "vitfeats": version("vitfeats"),
         "torch": torch.__version__,
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as plain values."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _loaded(opener: Callable[[], Any]) -> Tensor | ImageError:

@@ -185,11 +185,9 @@ def read_images(
             loaded.append(index)
             yield image
 
-    bar = tqdm(total=len(images), unit="image", desc="reading", disable=not progress)
-    with bar:
-        for number, found in enumerate(
-            extractor.each(given(), list(dict.fromkeys(taps.values())), batch_size=batch_size)
-        ):
+    asked = list(dict.fromkeys(taps.values()))
+    with tqdm(total=len(images), unit="image", desc="reading", disable=not progress) as bar:
+        for number, found in enumerate(extractor.each(given(), asked, batch_size=batch_size)):
             for d in found.values():
                 _check_finite(d)
             d = found[taps["tokens"]]

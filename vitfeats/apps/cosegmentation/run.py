@@ -97,7 +97,7 @@ def part_cosegment(
     """Find the parts of what a set of images shares: the same part has the same number in all images.
 
     After Amir et al., 2021, section 5.2: tokens of the foreground are clustered again. Where a part does not appear in
-    all images (``config.part_share``), more clusters are tried, and those that do are taken.
+    all images (``config.part_share``), more clusters are tried, then fewer, and those that do are taken.
 
     Args:
         images: As for :func:`cosegment`; so are the others.
