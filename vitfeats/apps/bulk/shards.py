@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vitfeats.descriptor import Descriptor, Descriptors, write_whole
@@ -48,6 +49,23 @@ class Header:
     def ids(self) -> list[str]:
         """The images that it holds, in order."""
         return [image["id"] for image in self.images]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """All tokens of one tap of a shard.
+
+    Attributes:
+        ids: Of the images, in order.
+        vectors: (rows, dim) in float32: the tokens of the first image, row-major over its grid, then of the second.
+        grids: Of each image: it has ``grid.tokens`` rows.
+        frames: Of each image.
+    """
+
+    ids: list[str]
+    vectors: Float[Tensor, "rows dim"]
+    grids: list[PatchGrid]
+    frames: list[Frame]
 
 
 def write_shard(
@@ -121,6 +139,31 @@ def read_image(path: Path, position: int, header: Header | None = None) -> Descr
         image = (header or _header(path, file)).images[position]
         tensors = {name: file.get_tensor(f"{position}/{name}") for name in _names_of(file, position)}
         return _descriptors(path, image, tensors)
+
+
+def read_rows(path: Path, tap: str, header: Header | None = None) -> Rows:
+    """Return all tokens of one tap of a shard; of other taps nothing is read.
+
+    Args:
+        path: The shard.
+        tap: As the store has it: ``key@11``.
+        header: Of the shard, where it is known already.
+
+    Raises:
+        StoreError: If the shard cannot be read.
+        KeyError: If there is no such tap.
+    """
+    with _opened(path) as file:
+        header = header or _header(path, file)
+        known = [image["taps"][tap] for image in header.images]
+        found = []
+        for position in range(len(known)):
+            values = file.get_tensor(f"{position}/{tap}/features")
+            scale = file.get_tensor(f"{position}/{tap}/features_scale") if values.dtype == torch.int8 else None
+            found.append(values.float() if scale is None else values.float() * scale)
+    grids = [PatchGrid(**{key: _paired(value) for key, value in one["grid"].items()}) for one in known]
+    frames = [Frame(**{key: _paired(value) for key, value in one["frame"].items()}) for one in known]
+    return Rows(header.ids, torch.cat(found) if found else torch.zeros(0, 0), grids, frames)
 
 
 def check_shard(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from vitfeats.apps.bulk.shards import FORMAT, Header, check_shard, read_header, read_image
+from vitfeats.apps.bulk.shards import FORMAT, Header, Rows, check_shard, read_header, read_image, read_rows
 from vitfeats.descriptor import Descriptors, write_whole
 from vitfeats.errors import ConfigError, StoreError, nearest_names
 
@@ -128,6 +128,17 @@ class Store:
             header: Header = self._header(number)
             for position, name in enumerate(header.ids):
                 yield name, read_image(self.shard_path(number), position, header)
+
+    def rows(self, number: int, tap: str) -> Rows:
+        """Return all tokens of one tap of a shard.
+
+        Raises:
+            ConfigError: If the store has no such tap.
+            StoreError: If the shard is missing or damaged.
+        """
+        if tap not in self.taps:
+            raise ConfigError(f"expected a tap of the store ({', '.join(self.taps)}), got {tap!r}")
+        return read_rows(self.shard_path(number), tap, self._header(number))
 
     def broken(self) -> dict[str, str]:
         """Return why images could not be read, by id; of the shards that are there."""
