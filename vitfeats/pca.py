@@ -172,11 +172,20 @@ def _principal(tokens: Float[Tensor, "n dim"], count: int) -> tuple[Tensor, Tens
     """Return (mean, components, their variances, total variance), signs fixed."""
     mean = tokens.mean(0)
     centred = tokens - mean
-    covariance = centred.T @ centred / max(1, tokens.shape[0] - 1)
+    return mean, *principal_axes(centred.T @ centred / max(1, tokens.shape[0] - 1), count)
+
+
+def principal_axes(
+    covariance: Float[Tensor, "dim dim"], count: int
+) -> tuple[Float[Tensor, "count dim"], Float[Tensor, " count"], Float[Tensor, ""]]:
+    """Return (components, their variances, total variance) of a covariance matrix, largest variance first.
+
+    Components are orthonormal rows, the sign of each such that its largest loading is positive.
+    """
     variance, vectors = torch.linalg.eigh(covariance)
     components = vectors.flip(1)[:, :count].T.contiguous()
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-    return mean, components * largest.sign(), variance.flip(0)[:count].clamp_min(0), variance.clamp_min(0).sum()
+    return components * largest.sign(), variance.flip(0)[:count].clamp_min(0), variance.clamp_min(0).sum()
 
 
 def _tails(along: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:

@@ -141,21 +141,22 @@ class Extractor(ABC):
 
     @overload
     def each(
-        self, images: Iterable[ImageLike], taps: str | Tap | None = None, *, batch_size: int = 8
+        self, images: Iterable[ImageLike | Prepared], taps: str | Tap | None = None, *, batch_size: int = 8
     ) -> Iterator[Descriptor]: ...
     @overload
     def each(
-        self, images: Iterable[ImageLike], taps: Sequence[str | Tap], *, batch_size: int = 8
+        self, images: Iterable[ImageLike | Prepared], taps: Sequence[str | Tap], *, batch_size: int = 8
     ) -> Iterator[Descriptors]: ...
     def each(
-        self, images: Iterable[ImageLike], taps: Taps | None = None, *, batch_size: int = 8
+        self, images: Iterable[ImageLike | Prepared], taps: Taps | None = None, *, batch_size: int = 8
     ) -> Iterator[Descriptor | Descriptors]:
         """Extract images of any sizes; yield one Descriptor (or Descriptors) an image, in the order given.
 
         Reads ``batch_size`` images at a time, runs those that share a network size together, and holds no more.
 
         Args:
-            images: Any iterable of single images; it is read as it goes.
+            images: Any iterable of single images; it is read as it goes. What ``preprocess`` made of single images is
+                taken too, so that it can be made in other threads, ahead of the network.
             taps: As for a call.
             batch_size: Most images in one forward pass, at least 1.
 
@@ -185,6 +186,13 @@ class Extractor(ABC):
         other.preprocess = replace(self.preprocess, **changes)
         return other
 
+    def on(self, device: str | torch.device) -> "Extractor":
+        """Return an extractor of a copy of the network on another device, of the same precision."""
+        other = copy.deepcopy(self)
+        other.model.to(device)
+        other.device = torch.device(device)
+        return other
+
     def __repr__(self) -> str:
         """Say what it is in one line."""
         precision = "float32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
@@ -203,22 +211,33 @@ class Extractor(ABC):
         return [(str(tap), self.resolve(Tap.parse(tap))) for tap in several]
 
     def _each(
-        self, images: Iterator[ImageLike], asked: list[tuple[str, Tap]], single: bool, batch_size: int
+        self, images: Iterator[ImageLike | Prepared], asked: list[tuple[str, Tap]], single: bool, batch_size: int
     ) -> Iterator[Descriptor | Descriptors]:
         while window := list(islice(images, batch_size)):
             groups: dict[tuple[int, int], list[int]] = {}
-            loaded = [load_image(image) for image in window]
+            loaded = [image if isinstance(image, Prepared) else load_image(image) for image in window]
             for index, image in enumerate(loaded):
-                size = (int(image.shape[1]), int(image.shape[2]))
-                groups.setdefault(self.preprocess.network_size(size), []).append(index)
+                if isinstance(image, Prepared):
+                    size = image.grid.network_size
+                else:
+                    size = self.preprocess.network_size((int(image.shape[1]), int(image.shape[2])))
+                groups.setdefault(size, []).append(index)
             done: dict[int, Descriptor | Descriptors] = {}
             for members in groups.values():
-                together = self._extract([loaded[index] for index in members], asked, single=False)
+                together = self._extract(self._gathered([loaded[index] for index in members]), asked, single=False)
                 assert isinstance(together, Descriptors)
                 for position, index in enumerate(members):
                     items = [(text, together[tap][position]) for text, tap in asked]
                     done[index] = items[0][1] if single else Descriptors(items)
             yield from (done[index] for index in range(len(window)))
+
+    def _gathered(self, images: list[Any]) -> Images | Prepared:
+        """Return images of one network size as one batch."""
+        if not any(isinstance(image, Prepared) for image in images):
+            return images
+        ready = [image if isinstance(image, Prepared) else self.preprocess(image) for image in images]
+        pixels = torch.cat([one.pixels for one in ready]).to(self.device)
+        return Prepared(pixels, ready[0].grid, tuple(frame for one in ready for frame in one.frames))
 
     def _extract(
         self, images: Images | Prepared, asked: list[tuple[str, Tap]], single: bool

@@ -1,18 +1,17 @@
 """Shards: safetensors files of the descriptors of many images, written whole, each able to prove that it is whole."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.descriptor import Descriptor, Descriptors, write_whole
+from vitfeats.apps.bulk.files import Place, opened_tensors, write_bytes
+from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
 from vitfeats.taps import Tap
@@ -69,7 +68,7 @@ class Rows:
 
 
 def write_shard(
-    path: Path,
+    path: Place,
     images: Sequence[tuple[str, Descriptors]],
     *,
     settings: Mapping[str, Any],
@@ -111,20 +110,20 @@ def write_shard(
     facts = {"settings": dict(sorted(settings.items())), "images": listed, "broken": dict(broken or {})}
     text = json.dumps(facts)
     # In one entry, for safetensors writes several in an order that differs from run to run.
-    write_whole(path, save(tensors, metadata={FORMAT: _digest_text(text) + text}))
+    write_bytes(path, save(tensors, metadata={FORMAT: _digest_text(text) + text}))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Place) -> Header:
     """Return what a shard says of itself; its numbers are not read.
 
     Raises:
         StoreError: If it is missing, cut off, changed, or not a shard.
     """
-    with _opened(path) as file:
+    with opened_tensors(path) as file:
         return _header(path, file)
 
 
-def read_image(path: Path, position: int, header: Header | None = None) -> Descriptors:
+def read_image(path: Place, position: int, header: Header | None = None) -> Descriptors:
     """Return the descriptors of one image of a shard, in float32; only its own bytes are read.
 
     Args:
@@ -135,13 +134,23 @@ def read_image(path: Path, position: int, header: Header | None = None) -> Descr
     Raises:
         StoreError: If the shard cannot be read.
     """
-    with _opened(path) as file:
-        image = (header or _header(path, file)).images[position]
-        tensors = {name: file.get_tensor(f"{position}/{name}") for name in _names_of(file, position)}
-        return _descriptors(path, image, tensors)
+    with opened_tensors(path) as file:
+        return _image(path, file, (header or _header(path, file)).images[position], position)
 
 
-def read_rows(path: Path, tap: str, header: Header | None = None) -> Rows:
+def read_images(path: Place, header: Header | None = None) -> Iterator[tuple[str, Descriptors]]:
+    """Yield the id and the descriptors of each image of a shard, in order; the file is opened once.
+
+    Raises:
+        StoreError: If the shard cannot be read.
+    """
+    with opened_tensors(path, whole=True) as file:
+        header = header or _header(path, file)
+        for position, image in enumerate(header.images):
+            yield image["id"], _image(path, file, image, position)
+
+
+def read_rows(path: Place, tap: str, header: Header | None = None) -> Rows:
     """Return all tokens of one tap of a shard; of other taps nothing is read.
 
     Args:
@@ -150,10 +159,9 @@ def read_rows(path: Path, tap: str, header: Header | None = None) -> Rows:
         header: Of the shard, where it is known already.
 
     Raises:
-        StoreError: If the shard cannot be read.
-        KeyError: If there is no such tap.
+        StoreError: If the shard cannot be read, or has no such tap.
     """
-    with _opened(path) as file:
+    with opened_tensors(path, whole=True) as file:
         header = header or _header(path, file)
         known = [image["taps"][tap] for image in header.images]
         found = []
@@ -166,10 +174,10 @@ def read_rows(path: Path, tap: str, header: Header | None = None) -> Rows:
     return Rows(header.ids, torch.cat(found) if found else torch.zeros(0, 0), grids, frames)
 
 
-def check_shard(path: Path) -> str | None:
+def check_shard(path: Place) -> str | None:
     """Return why a shard is not as it was written, or None: every number is read and compared with its digest."""
     try:
-        with _opened(path) as file:
+        with opened_tensors(path, whole=True) as file:
             header = _header(path, file)
             for position, image in enumerate(header.images):
                 names = _names_of(file, position)
@@ -198,7 +206,12 @@ def _packed(d: Descriptor, dtype: StoreType) -> dict[str, Tensor]:
     return found
 
 
-def _descriptors(path: Path, image: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Descriptors:
+def _image(path: Place, file: Any, image: Mapping[str, Any], position: int) -> Descriptors:
+    tensors = {name: file.get_tensor(f"{position}/{name}") for name in _names_of(file, position)}
+    return _descriptors(path, image, tensors)
+
+
+def _descriptors(path: Place, image: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Descriptors:
     try:
         items = []
         for text, known in image["taps"].items():
@@ -218,20 +231,7 @@ def _descriptors(path: Path, image: Mapping[str, Any], tensors: Mapping[str, Ten
         raise StoreError(f"expected whole descriptors of '{image.get('id')}' in '{path}', got: {error}") from error
 
 
-@contextmanager
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"expected a whole shard at '{path}', but it cannot be read: {error}") from error
-
-
-def _header(path: Path, file: Any) -> Header:
+def _header(path: Place, file: Any) -> Header:
     facts = file.metadata() or {}
     if FORMAT not in facts:
         raise StoreError(f"expected '{path}' to be a shard ({FORMAT}), got a file of another kind")
@@ -251,7 +251,7 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        found.update(value.view(torch.uint8).numpy() if value.numel() else b"")
     return found.hexdigest()
 
 

@@ -2,17 +2,27 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from vitfeats.apps.bulk.shards import FORMAT, Header, Rows, check_shard, read_header, read_image, read_rows
-from vitfeats.descriptor import Descriptors, write_whole
+from vitfeats.apps.bulk.files import (
+    Place,
+    joined,
+    make_folder,
+    place_of,
+    read_bytes,
+    remove,
+    sizes_in,
+    write_bytes,
+)
+from vitfeats.apps.bulk.reduction import PCA_FILE, Reduction, read_reduction
+from vitfeats.apps.bulk.shards import FORMAT, Header, Rows, check_shard, read_header, read_image, read_images, read_rows
+from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, StoreError, nearest_names
 
 ABOUT, IDS, LOCK = "store.json", "ids.jsonl", ".lock"
@@ -41,24 +51,33 @@ class Store:
     to be kept in step with the shards: what is missing is seen from the files, and a run goes on from there.
 
     Args:
-        path: The folder.
+        path: The folder, or an address that fsspec knows: ``s3://bucket/store``. Of what lies at an address only
+            the parts that are asked for are fetched.
+
+    Attributes:
+        path: The folder or the address.
+        settings: How the features were made.
+        per_shard: Images in a shard.
+        ids: Of all images.
+        reduction: The principal components that the features were reduced to, or None.
 
     Raises:
         StoreError: If there is no store, or it cannot be read.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        about = _read_json(self.path / ABOUT)
+        self.path: Any = place_of(path)
+        about = _read_json(joined(self.path, ABOUT))
         if about.get("format") != FORMAT:
             raise StoreError(f"expected a store ({FORMAT}) at '{self.path}', got format {about.get('format')!r}")
         if not {"settings", "per_shard", "ids"} <= set(about):
-            raise StoreError(f"expected '{self.path / ABOUT}' as it was written, but something is missing in it")
+            raise StoreError(f"expected '{joined(self.path, ABOUT)}' as it was written, but something is missing in it")
         self.settings: dict[str, Any] = about["settings"]
         self.per_shard: int = about["per_shard"]
-        self.ids = _read_ids(self.path / IDS)
+        self.ids = _read_ids(joined(self.path, IDS))
         if digest_of(self.ids) != about["ids"]:
             raise StoreError(f"expected the list of images of '{self.path}' as it was written, but it was changed")
+        self.reduction = read_reduction(self.path, self.settings.get("pca"))
         self._header = lru_cache(_KEPT)(self._read_header)
 
     @property
@@ -105,9 +124,9 @@ class Store:
         lacks = f", {missing} of {self.shards} shards missing" if missing else ""
         return f"Store({len(self)} images, {', '.join(self.taps)} of {self.settings['model']}{lacks})"
 
-    def shard_path(self, number: int) -> Path:
-        """Return the file of a shard."""
-        return self.path / f"part-{number:07}.safetensors"
+    def shard_path(self, number: int) -> Any:
+        """Return the file of a shard: a path, or an address as text."""
+        return joined(self.path, shard_name(number))
 
     def ids_of(self, number: int) -> list[str]:
         """Return the ids of the images of a shard."""
@@ -115,8 +134,8 @@ class Store:
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are not there."""
-        there = {entry.name for entry in os.scandir(self.path)}
-        return [number for number in range(self.shards) if self.shard_path(number).name not in there]
+        there = sizes_in(self.path)
+        return [number for number in range(self.shards) if shard_name(number) not in there]
 
     def each(self) -> Iterator[tuple[str, Descriptors]]:
         """Iterate over all images that could be read, in order, a shard after the other.
@@ -125,9 +144,7 @@ class Store:
             StoreError: If a shard is missing or damaged.
         """
         for number in range(self.shards):
-            header: Header = self._header(number)
-            for position, name in enumerate(header.ids):
-                yield name, read_image(self.shard_path(number), position, header)
+            yield from read_images(self.shard_path(number), self._header(number))
 
     def rows(self, number: int, tap: str) -> Rows:
         """Return all tokens of one tap of a shard.
@@ -162,10 +179,18 @@ class Store:
         """Remove shards that are damaged, so that a run on the same folder makes them again; return what was found."""
         found = list(self.check())
         for damage in found:
-            with suppress(FileNotFoundError):
-                self.shard_path(damage.shard).unlink()
+            remove(self.shard_path(damage.shard))
         self._header.cache_clear()
         return found
+
+    def reduce(self, d: Descriptor) -> Descriptor:
+        """Return a descriptor as this store would have it: reduced to its principal components, if it has such.
+
+        Raises:
+            ConfigError: If the store has no such tap.
+            ShapeError: If the descriptor has other channels than the store was made from.
+        """
+        return d if self.reduction is None else self.reduction(d)
 
     def _read_header(self, number: int) -> Header:
         path = self.shard_path(number)
@@ -189,7 +214,14 @@ class Store:
         return self._places.get(name)
 
 
-def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, Any], per_shard: int) -> Store:
+def create_store(
+    path: Path | str,
+    ids: Sequence[str],
+    settings: Mapping[str, Any],
+    per_shard: int,
+    *,
+    reduction: Reduction | None = None,
+) -> Store:
     """Make a store without shards, or open the one that is there if it is of the same images and settings.
 
     Args:
@@ -197,6 +229,7 @@ def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, An
         ids: Of the images, no two of them the same.
         settings: How features are made: plain values, ``model`` and ``taps`` among them.
         per_shard: Images in a shard, at least 1.
+        reduction: What the features are reduced by; the settings have its ``facts`` as ``pca``.
 
     Raises:
         ConfigError: If ids are not different, or there is a store of other images or settings.
@@ -206,29 +239,35 @@ def create_store(path: Path | str, ids: Sequence[str], settings: Mapping[str, An
         raise ConfigError(f"expected per_shard of at least 1, got {per_shard}")
     if len(set(ids)) < len(ids):
         raise ConfigError("expected images of different ids, got some twice")
-    folder = Path(path)
+    folder = place_of(path)
     about = {"format": FORMAT, "settings": dict(settings), "per_shard": per_shard, "ids": digest_of(ids)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"expected a folder to write to at '{folder}', but: {error}") from error
-    if (folder / ABOUT).exists():
-        _check_same(folder, _read_json(folder / ABOUT), json.loads(json.dumps(about)))
+    make_folder(folder)
+    there = sizes_in(folder)
+    if ABOUT in there:
+        _check_same(folder, _read_json(joined(folder, ABOUT)), json.loads(json.dumps(about)))
         return Store(folder)
-    if any(folder.glob("part-*.safetensors")):
+    if any(name.startswith("part-") for name in there):
         raise StoreError(f"expected an empty folder for a new store, but '{folder}' has shards and no {ABOUT}")
-    write_whole(folder / IDS, "".join(f"{json.dumps(name)}\n" for name in ids).encode())
-    write_whole(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())  # last: with it there is a store
+    if reduction is not None:
+        write_bytes(joined(folder, PCA_FILE), reduction.to_bytes())
+    write_bytes(joined(folder, IDS), "".join(f"{json.dumps(name)}\n" for name in ids).encode())
+    write_bytes(joined(folder, ABOUT), (json.dumps(about, indent=1) + "\n").encode())  # last: with it there is a store
     return Store(folder)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path | str) -> Iterator[None]:
     """Keep other runs out of a folder, made if missing; a crash leaves no lock behind, for it belongs to the process.
+
+    Object storage has no locks, and nothing is locked there: two runs at once make the same shards twice.
 
     Raises:
         StoreError: If another run is at work there.
     """
+    folder = place_of(folder)
+    if isinstance(folder, str):
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
@@ -247,6 +286,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def shard_name(number: int) -> str:
+    """Return what the file of a shard is called."""
+    return f"part-{number:07}.safetensors"
+
+
 def digest_of(ids: Sequence[str]) -> str:
     """Return a digest of a list of ids."""
     found = blake2b(digest_size=16)
@@ -255,7 +299,7 @@ def digest_of(ids: Sequence[str]) -> str:
     return found.hexdigest()
 
 
-def _check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same(folder: Place, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if there.get("format") != FORMAT:
         raise StoreError(f"expected a store ({FORMAT}) at '{folder}', got format {there.get('format')!r}")
     names = [name for name in ("per_shard", "ids") if there.get(name) != wanted[name]]
@@ -273,21 +317,21 @@ def _check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
+    folder, _, name = str(path).rpartition("/")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path))
     except FileNotFoundError as error:
-        raise StoreError(f"expected a store at '{path.parent}', but there is none") from error
+        raise StoreError(f"expected a store at '{folder}', but there is none") from error
     except (OSError, ValueError) as error:
-        raise StoreError(f"expected a store at '{path.parent}', but '{path.name}' cannot be read: {error}") from error
+        raise StoreError(f"expected a store at '{folder}', but '{name}' cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise StoreError(f"expected a store at '{path.parent}', but '{path.name}' is of another kind")
+        raise StoreError(f"expected a store at '{folder}', but '{name}' is of another kind")
     return found
 
 
-def _read_ids(path: Path) -> list[str]:
+def _read_ids(path: Place) -> list[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return [json.loads(line) for line in read_bytes(path).splitlines()]
     except (OSError, ValueError) as error:
         raise StoreError(f"expected the list of images of a store at '{path}', but: {error}") from error

@@ -22,12 +22,10 @@ import torch
 from PIL import Image
 
 import vitfeats as vf
-from vitfeats.apps.bulk import local
-from vitfeats.apps.bulk.local import Summary, extract, source_items
+from vitfeats.apps.bulk import Summary, extract, making, open_source, sources
 from vitfeats.apps.bulk.shards import check_shard, write_shard
 from vitfeats.apps.bulk.store import Store, locked
 from vitfeats.errors import ConfigError, ImageError, ShapeError, StoreError, TapError, UnknownModelError
-from vitfeats.preprocess import load_image
 
 TAPS = ["key@1", "token@2"]
 SIZES = {"a/one.png": (40, 30), "a/two.png": (30, 40), "b/c/three.png": (64, 64), "five.png": (40, 30)}
@@ -306,9 +304,9 @@ def test_an_interrupted_run_leaves_whole_shards_only(mini, folder, tmp_path, mon
 
     with monkeypatch.context() as patch:
         if where == "reading":
-            patch.setattr(local, "load_image", stopping(local.load_image, 6))
+            patch.setattr(sources, "load_image", stopping(sources.load_image, 6))
         elif where == "writing":
-            patch.setattr(local, "write_shard", stopping(write_shard, 1))
+            patch.setattr(making, "write_shard", stopping(write_shard, 1))
         else:
             each, through = mini.each, stopping(lambda found: found, 4)
             patch.setattr(mini, "each", lambda *given, **settings: map(through, each(*given, **settings)))
@@ -417,9 +415,11 @@ def test_a_source_without_images_is_refused(mini, tmp_path):
 
 def test_a_source_that_cannot_be_read_is_refused(mini, tmp_path):
     (tmp_path / "text.tar").write_text("no tar file")
-    for name in ("none", "none.tar", "none.txt", "text.tar"):
+    for name in ("none", "none.tar", "text.tar"):
         with pytest.raises(StoreError, match="expected a folder or a tar file of pictures at"):
             run(mini, tmp_path / name, tmp_path / "out")
+    with pytest.raises(StoreError, match="expected a list of images, one a line, at .*none.txt"):
+        run(mini, tmp_path / "none.txt", tmp_path / "out")
     (tmp_path / "list.txt").write_bytes(b"\xff\xff\n")
     with pytest.raises(StoreError, match="expected a list of images, one a line, at '.*list.txt', but"):
         run(mini, tmp_path / "list.txt", tmp_path / "out")
@@ -430,10 +430,10 @@ def test_a_tar_file_that_was_cut_off_is_no_half_a_source(folder, tmp_path):
     archive = tarred(folder, tmp_path / "pictures.tar.gz", "w:gz")
     archive.write_bytes(archive.read_bytes()[:-400])
     with pytest.raises(StoreError, match="expected a folder or a tar file of pictures"):
-        source_items(archive)
+        open_source(archive)
     archive.write_bytes(gzip.compress(b"no tar file"))
     with pytest.raises(StoreError, match="expected a folder or a tar file of pictures"):
-        source_items(archive)
+        open_source(archive)
 
 
 def test_images_that_are_listed_twice_are_refused(mini, folder, tmp_path):
@@ -450,9 +450,9 @@ def test_images_that_are_listed_twice_are_refused(mini, folder, tmp_path):
 
 def test_items_of_a_source_are_in_the_order_of_their_ids(folder, tmp_path):
     for source in (folder, tarred(folder, tmp_path / "pictures.tar")):
-        items = source_items(source)
-        assert list(items) == NAMES
-        assert all(load_image(opener()).shape == (3, *SIZES[name][::-1]) for name, opener in items.items())
+        images = open_source(source)
+        assert images.ids == NAMES
+        assert all(images.image(number).shape == (3, *SIZES[name][::-1]) for number, name in enumerate(NAMES))
 
 
 def test_what_makes_no_run_is_refused(mini, folder, tmp_path):
@@ -492,7 +492,7 @@ def test_no_more_than_so_many_are_read_ahead(most, workers):
     def given():
         for number in range(20):
             taken.append(number)
-            yield number
+            yield (number,)
 
     def work(number):
         with lock:
@@ -501,7 +501,7 @@ def test_no_more_than_so_many_are_read_ahead(most, workers):
         return number * number
 
     with ThreadPoolExecutor(workers) as pool:
-        ahead = local._ahead(pool, work, given(), most)
+        ahead = making._ahead(pool, work, given(), most)
         assert taken == [], "nothing is read before it is asked for"
         for number, made in enumerate(ahead):
             assert made == number * number
@@ -509,7 +509,7 @@ def test_no_more_than_so_many_are_read_ahead(most, workers):
             assert len(begun) - number <= most
         assert number == 19
         assert sorted(begun) == list(range(20))
-        assert list(local._ahead(pool, work, [], most)) == []
+        assert list(making._ahead(pool, work, [], most)) == []
 
 
 def test_an_error_of_the_work_comes_in_its_place_and_stops_the_rest():
@@ -524,7 +524,7 @@ def test_an_error_of_the_work_comes_in_its_place_and_stops_the_rest():
         return number
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = local._ahead(pool, work, range(100), 6)
+        ahead = making._ahead(pool, work, zip(range(100)), 6)
         assert [next(ahead), next(ahead)] == [0, 1]
         with pytest.raises(ZeroDivisionError, match="the third"):
             next(ahead)
@@ -534,8 +534,8 @@ def test_an_error_of_the_work_comes_in_its_place_and_stops_the_rest():
 
 def test_an_error_of_what_is_given_passes_through():
     def given():
-        yield from (1, 2)
+        yield from ((1,), (2,))
         raise ZeroDivisionError("given")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError, match="given"):
-        list(local._ahead(pool, lambda number: number, given(), 4))
+        list(making._ahead(pool, lambda number: number, given(), 4))

@@ -1,0 +1,215 @@
+"""Files of a folder, or of object storage, by the same few functions. Object storage goes through fsspec."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfeats.descriptor import write_whole
+from vitfeats.errors import MissingDependencyError, StoreError
+
+Place = Path | str
+"""A path; or, as text, an address that fsspec knows: ``s3://bucket/store``."""
+
+_FIRST = 1 << 16  # bytes of a remote file that are asked for first; the header of most shards is within
+_MOST = 1 << 30  # bytes of a header: beyond, the file is not what it should be
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
+
+
+def place_of(given: Path | str) -> Place:
+    """Return a path, or an address without a slash at its end."""
+    text = str(given)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text.rstrip("/") if "://" in text else Path(given)
+
+
+def is_remote(place: Place) -> bool:
+    """Tell whether a place is an address."""
+    return isinstance(place, str)
+
+
+def joined(folder: Place, name: str) -> Place:
+    """Return the place of a file in a folder."""
+    return f"{folder}/{name}" if isinstance(folder, str) else folder / name
+
+
+def make_folder(folder: Place) -> None:
+    """Make a folder; object storage needs none.
+
+    Raises:
+        StoreError: If it cannot be made.
+    """
+    if isinstance(folder, str):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"expected a folder to write to at '{folder}', but: {error}") from error
+
+
+def sizes_in(folder: Place) -> dict[str, int]:
+    """Return the files of a folder by name, and their sizes in bytes; of a folder that is not there, none.
+
+    Raises:
+        StoreError: If it cannot be read.
+    """
+    try:
+        if isinstance(folder, Path):
+            return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        files, root = filesystem(folder)
+        files.invalidate_cache()
+        found = files.ls(root, detail=True)
+        return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+    except FileNotFoundError:
+        return {}
+    except StoreError:
+        raise
+    except Exception as error:  # each kind of storage has its own
+        raise StoreError(f"expected to read '{folder}', but: {error}") from error
+
+
+def read_bytes(place: Place, start: int | None = None, end: int | None = None) -> bytes:
+    """Return a file's bytes, or those from start to end.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        StoreError: If it cannot be read.
+    """
+    try:
+        if isinstance(place, Path):
+            with place.open("rb") as file:
+                file.seek(start or 0)
+                return file.read() if end is None else file.read(end - (start or 0))
+        files, path = filesystem(place)
+        return files.cat_file(path, start, end)
+    except (FileNotFoundError, StoreError):
+        raise
+    except Exception as error:  # each kind of storage has its own
+        raise StoreError(f"expected to read '{place}', but: {error}") from error
+
+
+def write_bytes(place: Place, data: bytes) -> None:
+    """Write a file that appears whole or not at all, as object storage does by itself.
+
+    Raises:
+        StoreError: If it cannot be written; nothing is left behind then.
+    """
+    if isinstance(place, Path):
+        write_whole(place, data)
+        return
+    files, path = filesystem(place)
+    try:
+        files.pipe_file(path, data)
+    except Exception as error:
+        raise StoreError(f"expected to write '{place}', but: {error}") from error
+
+
+def remove(place: Place) -> None:
+    """Remove a file, if there is one.
+
+    Raises:
+        StoreError: If it cannot be removed.
+    """
+    try:
+        if isinstance(place, Path):
+            place.unlink()
+            return
+        files, path = filesystem(place)
+        files.rm_file(path)
+    except FileNotFoundError:
+        return
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"expected to remove '{place}', but: {error}") from error
+
+
+def filesystem(address: str) -> tuple[Any, str]:
+    """Return what fsspec has for an address, and the path in it.
+
+    Raises:
+        MissingDependencyError: If the package for its kind is not installed.
+        StoreError: If there is no such kind, or it cannot be reached.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        kind = address.partition("://")[0]
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(kind, kind)
+        raise MissingDependencyError(
+            f"expected what fsspec needs for {kind}://, but it is not installed ({error}); try: pip install {package}"
+        ) from error
+    except Exception as error:
+        raise StoreError(f"expected an address that fsspec knows, got '{address}': {error}") from error
+
+
+@contextmanager
+def opened_tensors(place: Place, *, whole: bool = False) -> Iterator[Any]:
+    """Open a safetensors file: ``metadata()``, ``keys()`` and ``get_tensor(name)``, which reads what it returns.
+
+    Args:
+        place: The file.
+        whole: All of it will be asked for: a remote file is then fetched at once, not tensor by tensor.
+
+    Raises:
+        StoreError: If it cannot be read as one, now or while it is open.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if isinstance(place, Path):
+            with safe_open(str(place), framework="pt") as file:
+                yield file
+        else:
+            data = read_bytes(place) if whole else None
+            yield _Tensors(lambda start, end: read_bytes(place, start, end) if data is None else data[start:end])
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"expected a whole shard at '{place}', but it cannot be read: {error}") from error
+
+
+class _Tensors:
+    """A safetensors file that is read piece by piece, by what fetches bytes from one place to another."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes]) -> None:
+        self._fetch = fetch
+        first = fetch(0, _FIRST)
+        length = int.from_bytes(first[:8], "little")
+        if len(first) < 8 or length > _MOST:
+            raise ValueError("its header is not one")
+        text = first[8 : 8 + length] if len(first) >= 8 + length else fetch(8, 8 + length)
+        if len(text) < length:
+            raise ValueError("its header is cut off")
+        self._header: dict[str, Any] = json.loads(text)
+        self._start = 8 + length
+
+    def metadata(self) -> dict[str, str]:
+        return self._header.get("__metadata__", {})
+
+    def keys(self) -> list[str]:
+        return [name for name in self._header if name != "__metadata__"]
+
+    def get_tensor(self, name: str) -> Tensor:
+        facts = self._header[name]
+        start, end = facts["data_offsets"]
+        data = self._fetch(self._start + start, self._start + end) if end > start else b""
+        if len(data) < end - start:
+            raise ValueError(f"'{name}' is cut off")
+        dtype = _TYPES[facts["dtype"]]
+        if not data:
+            return torch.zeros(facts["shape"], dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(facts["shape"])

@@ -1,0 +1,219 @@
+"""Shards made of images: decoded and resized in threads, read by one model, written while it goes on."""
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from hashlib import blake2b
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+import torch
+
+from vitfeats.apps.bulk.exports import pooled_table
+from vitfeats.apps.bulk.files import joined, make_folder, write_bytes
+from vitfeats.apps.bulk.shards import StoreType, write_shard
+from vitfeats.apps.bulk.sources import Source
+from vitfeats.apps.bulk.store import Store, shard_name
+from vitfeats.descriptor import Descriptors
+from vitfeats.errors import ImageError, ShapeError
+from vitfeats.extractors.base import Extractor
+from vitfeats.preprocess import Prepared
+
+POOLED = "pooled"
+"""The folder of a store that has one vector an image and tap, as Parquet."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard that is to be made.
+
+    Attributes:
+        number: Of the shard.
+        images: Of which it is to be made, all that the store has for it.
+    """
+
+    number: int
+    images: Source
+
+
+@dataclass(frozen=True)
+class Made:
+    """A shard that was written.
+
+    Attributes:
+        number: Of the shard.
+        images: How many images it has.
+        broken: Why others could not be read, by id.
+    """
+
+    number: int
+    images: int
+    broken: dict[str, str]
+
+
+class ShardMaker:
+    """Makes shards of a store with one model on one device.
+
+    Which images share a forward pass follows from the shard and the batch size alone, so a shard has the same bytes
+    wherever and whenever it is made, as long as the arithmetic of the device is the same.
+
+    Args:
+        extractor: The model.
+        store: Whose shards are made; its settings say of which taps, and how they are written.
+        batch_size: Most images in one forward pass.
+        threads: That decode and resize.
+        strict: Raise at an image that cannot be read, rather than note and skip it.
+        tick: Called with the number of images that are done with, again and again.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        store: Store,
+        *,
+        batch_size: int = 8,
+        threads: int = 1,
+        strict: bool = False,
+        tick: Callable[[int], Any] = lambda count: None,
+    ) -> None:
+        self._extractor, self._store = extractor, store
+        self._batch_size, self._threads, self._strict, self._tick = batch_size, threads, strict, tick
+
+    def each(self, parts: Iterable[Part]) -> Iterator[Made]:
+        """Make shards one after the other; yield each when it is on disk.
+
+        Images of the next shards are decoded, and finished ones written, while the model is at work: at most as many
+        images wait as two batches or twice the threads have, and at most two shards.
+
+        Raises:
+            ImageError: If an image cannot be read, and ``strict``.
+            StoreError: If a shard cannot be written, or the source cannot be read.
+        """
+        with ThreadPoolExecutor(self._threads) as readers, ThreadPoolExecutor(1) as writer:
+            begun: deque[Part] = deque()
+            ready = _ahead(readers, self._prepared, _images_of(parts, begun), 2 * max(self._threads, self._batch_size))
+            writing: deque[Future[Made]] = deque()
+            while (first := next(ready, None)) is not None:
+                part = begun.popleft()
+                writing.append(writer.submit(self._written, part, *self._read(part, chain([first], ready))))
+                while writing and (len(writing) > 1 or writing[0].done()):
+                    yield writing.popleft().result()
+            while writing:
+                yield writing.popleft().result()
+
+    def _prepared(self, source: Source, number: int) -> Prepared | str:
+        """Return what the network takes of an image, or why there is nothing."""
+        try:
+            image = source.image(number)
+            self._extractor.preprocess.network_size((int(image.shape[1]), int(image.shape[2])))
+        except (ImageError, ShapeError) as error:  # the second: too long for the model's size
+            return str(error)
+        return self._extractor.preprocess(image)
+
+    def _read(
+        self, part: Part, ready: Iterator[Prepared | str]
+    ) -> tuple[list[tuple[str, Descriptors]], dict[str, str]]:
+        """Return the descriptors of the images of a shard, and why others could not be read."""
+        whole: list[str] = []
+        broken: dict[str, str] = {}
+
+        def readable() -> Iterator[Prepared]:
+            for name in part.images.ids:
+                one = next(ready)
+                if isinstance(one, Prepared):
+                    whole.append(name)
+                    yield one
+                elif self._strict:
+                    raise ImageError(f"'{name}': {one}")
+                else:
+                    broken[name] = one
+                    self._tick(1)
+
+        found: list[Descriptors] = []
+        for one in self._extractor.each(readable(), self._store.taps, batch_size=self._batch_size):
+            found.append(_held(one, self._store))
+            self._tick(1)
+        return list(zip(whole, found, strict=True)), broken
+
+    def _written(self, part: Part, images: Sequence[tuple[str, Descriptors]], broken: Mapping[str, str]) -> Made:
+        """Write a shard: last, so that what goes with it is there when it is."""
+        settings = self._store.settings
+        if settings.get(POOLED):
+            folder = joined(self._store.path, POOLED)
+            make_folder(folder)
+            name = shard_name(part.number).replace(".safetensors", ".parquet")
+            write_bytes(joined(folder, name), pooled_table(images))
+        path = self._store.shard_path(part.number)
+        write_shard(path, images, settings=settings, dtype=settings["dtype"], broken=broken)
+        return Made(part.number, len(images), dict(broken))
+
+
+def settings_of(extractor: Extractor, taps: Sequence[str], dtype: StoreType) -> dict[str, Any]:
+    """Return what the features of a store depend on, as plain values."""
+    weights = blake2b(digest_size=16)
+    for name, value in sorted(extractor.model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    preprocess = extractor.preprocess
+    # What kinds of extractors are told beside that: final norm, q/k norm, rotary embedding, noise and steps, parts.
+    told: dict[str, Any] = {
+        name: getattr(extractor, name, None) for name in ("norm", "norm_qk", "rope", "anatomy", "diffusion")
+    }
+    return {
+        **{name: _plain(value) for name, value in told.items() if value is not None},
+        "model": extractor.card.name,
+        "weights": weights.hexdigest(),
+        "taps": list(taps),
+        "size": list(preprocess.size) if isinstance(preprocess.size, tuple) else preprocess.size,
+        "stride": preprocess.stride,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "precision": "float32" if extractor.autocast is None else str(extractor.autocast).removeprefix("torch."),
+        "dtype": dtype,
+        "vitfeats": version("vitfeats"),
+        "torch": torch.__version__,
+    }
+
+
+def packed(part: Part) -> bytes:
+    """Return a part as bytes, to be sent elsewhere."""
+    return pickle.dumps(part)
+
+
+def _held(found: Descriptors, store: Store) -> Descriptors:
+    """Return descriptors as the store has them, on the CPU: a graphics card is not where they wait to be written."""
+    items = [(str(tap), store.reduce(d).to("cpu")) for tap, d in found.items()]
+    return Descriptors(items)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as plain values."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _images_of(parts: Iterable[Part], begun: deque[Part]) -> Iterator[tuple[Source, int]]:
+    """Yield the images of all parts; note each part when its first image is taken."""
+    for part in parts:
+        begun.append(part)
+        yield from ((part.images, number) for number in range(len(part.images)))
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[..., Any], given: Iterable[tuple[Any, ...]], most: int
+) -> Iterator[Any]:
+    """Yield what work makes of each, in order, with at most so many under way or waiting."""
+    under_way: deque[Future[Any]] = deque()
+    try:
+        for one in given:
+            under_way.append(pool.submit(work, *one))
+            if len(under_way) >= most:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
