@@ -11,7 +11,7 @@ PACKAGE = Path(vitfeats.__file__).parent
 ORDER = [
     ["errors"],
     ["grid", "taps", "hooks", "resize"],
-    ["card", "descriptor", "preprocess", "configs", "views", "pictures", "commands"],
+    ["card", "descriptor", "preprocess", "configs", "views", "pictures"],
     ["nets"],
     ["extractors.base"],
     ["extractors"],
@@ -21,7 +21,7 @@ ORDER = [
 HELPERS = ["similarity", "pooling", "attention_maps", "pca", "matching", "losses", "plot"]
 AFTER = [["samples", "patterns", "testing", "runs"], ["apps.evaluation"], ["apps"], ["cli"]]
 PACKAGES = ["__init__", "apps", "extractors", "models", "nets"]  # their __init__ holds nothing but a sentence
-TORCH_FREE = ["errors", "configs", "commands", "cli", "__init__"]
+TORCH_FREE = ["errors", "configs", "cli", "__init__"]
 HEAVY = {"torch", "torchvision", "timm", "transformers", "diffusers", "sklearn", "skimage", "matplotlib", "numpy"}
 
 

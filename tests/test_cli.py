@@ -15,7 +15,7 @@ from vitfeats import cli
 from vitfeats.apps import style_transfer
 from vitfeats.apps.style_transfer import stylize, stylizer
 from vitfeats.cli import entry
-from vitfeats.commands import Models
+from vitfeats.cli.reading import Models
 from vitfeats.descriptor import Descriptor
 from vitfeats.models.stylizers import pack
 from vitfeats.nets.stylizing import NETWORKS

@@ -1,4 +1,4 @@
-"""The command line: runs what :mod:`vitfeats.commands` describes, and says how it went.
+"""The command line: runs what the modules beside it describe, and says how it went.
 
 Exit code 0: done; 1: something could not be done, said on standard error; 2: the command was not understood.
 Results go to standard output, progress to standard error. Nothing heavy is imported before a command runs.
@@ -6,38 +6,52 @@ Results go to standard output, progress to standard error. Nothing heavy is impo
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import subcommand
 
-from vitfeats.cli.making import run_invert, run_splice
-from vitfeats.cli.measuring import evaluate
-from vitfeats.cli.reading import extract, hyperfeatures, match, models, pca, similarity
-from vitfeats.cli.segmenting import run_cosegment
-from vitfeats.cli.storing import bulk, check
-from vitfeats.cli.styling import run_stylize, train
-from vitfeats.cli.training import aggregation, diffusion, pretrained
-from vitfeats.commands import (
-    Bulk,
-    CheckStore,
-    Command,
-    Cosegment,
-    Eval,
+from vitfeats.cli.making import Invert, Splice, run_invert, run_splice
+from vitfeats.cli.measuring import Eval, evaluate
+from vitfeats.cli.reading import (
     Extract,
     Hyperfeatures,
-    Invert,
     Match,
     Models,
     Pca,
-    Pretrain,
     Similarity,
-    Splice,
-    Stylize,
-    TrainDiffusion,
-    TrainHyperfeatures,
-    TrainStylizer,
+    extract,
+    hyperfeatures,
+    match,
+    models,
+    pca,
+    similarity,
 )
+from vitfeats.cli.segmenting import Cosegment, run_cosegment
+from vitfeats.cli.storing import Bulk, CheckStore, bulk, check
+from vitfeats.cli.styling import Stylize, TrainStylizer, run_stylize, train
+from vitfeats.cli.training import Pretrain, TrainDiffusion, TrainHyperfeatures, aggregation, diffusion, pretrained
 from vitfeats.errors import VitFeatsError
+
+Command = (
+    Annotated[Extract, subcommand("extract")]
+    | Annotated[Bulk, subcommand("bulk")]
+    | Annotated[CheckStore, subcommand("check-store")]
+    | Annotated[Pca, subcommand("pca")]
+    | Annotated[Similarity, subcommand("similarity")]
+    | Annotated[Match, subcommand("match")]
+    | Annotated[Splice, subcommand("splice")]
+    | Annotated[Invert, subcommand("invert")]
+    | Annotated[Stylize, subcommand("stylize")]
+    | Annotated[Cosegment, subcommand("cosegment")]
+    | Annotated[Hyperfeatures, subcommand("hyperfeatures")]
+    | Annotated[TrainDiffusion, subcommand("train-diffusion")]
+    | Annotated[TrainHyperfeatures, subcommand("train-hyperfeatures")]
+    | Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[TrainStylizer, subcommand("train-stylizer")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Models, subcommand("models")]
+)
 
 RUN: dict[type, Any] = {
     Extract: extract,

@@ -1,12 +1,51 @@
 """Commands that make pictures: splice, invert."""
 
 import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from tyro.conf import OmitArgPrefixes, Positional
+
 from vitfeats.cli.shared import extractor_of, images_of, save_picture, say, settings_of
-from vitfeats.commands import Invert, Splice
-from vitfeats.configs import InvertConfig, SpliceConfig
+from vitfeats.configs import (
+    ExtractorConfig,
+    InvertConfig,
+    Preset,
+    SpliceConfig,
+)
 from vitfeats.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Paint the structure of one image with the appearance of another: train a small generator for this pair.
+
+    Attributes:
+        images: Two image files: structure, then appearance.
+        sample: Use a sample instead, as for pca; portraits is the pair to begin with.
+        out: Folder for the result, losses, history, snapshots and checkpoints (made if missing).
+        preset: reference is the published recipe (with --model dino_vitb8); fast the default; draft a first look.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights and crops.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        tensorboard: Write losses and pictures for TensorBoard into the folder.
+        json: Print one JSON object instead of text.
+        options: Model, size and stride of what it sees (default: the settings'), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("splice")
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def run_splice(command: Splice) -> int:
@@ -54,6 +93,39 @@ def run_splice(command: Splice) -> int:
     told = f"{command.out / 'result.png'}: {len(result.history)} steps, {result.stopped}"
     say(command.json, facts, f"{told}\n\n{transfer_markdown(rows)}")
     return 1 if result.stopped == "not finite" else 0
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Find a picture that has the features of an image: what do they know of it?
+
+    Attributes:
+        images: One image file.
+        sample: Use a sample instead, as for pca; its first image.
+        out: Folder for pictures, losses and settings (made if missing).
+        tap: Which feature, facet@layer. Default: the model's usual tap.
+        layers: Invert the tap's facet at each of these layers, and draw them in a row.
+        preset: reference has the published numbers; fast is the default; draft a first look.
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        steps: Optimiser steps, in place of the settings'.
+        starts: Pictures to find, each from random weights of its own, in place of the settings'.
+        seed: Of first weights and noise.
+        json: Print one JSON object instead of text.
+        options: Model, device; size and stride are the settings' unless given.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("inversion")
+    tap: str | None = None
+    layers: tuple[int, ...] = ()
+    preset: Preset = "fast"
+    config: Path | None = None
+    steps: int | None = None
+    starts: int | None = None
+    seed: int = 0
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def run_invert(command: Invert) -> int:

@@ -2,18 +2,77 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 from vitfeats.cli.shared import extractor_of, make_folder, save_picture, say
-from vitfeats.commands import Eval
-from vitfeats.configs import ExtractorConfig, PckProtocol
+from vitfeats.configs import ExtractorConfig, PckProtocol, ProtocolName
 from vitfeats.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitfeats.apps.evaluation import EvalRow, Measured, Pair
 
 WITHOUT_BOXES = ("warps", "stereo")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure how well features carry points from one image to another: PCK under a named protocol.
+
+    Attributes:
+        data: The data: a folder of the layout; of pairs, the JSON or CSV file; of warps, pictures in a folder or tar.
+        layout: What the data are: SPair-71k, PF-PASCAL, PF-WILLOW, CUB-200-2011, AP-10K, a list of pairs, or pictures
+            to be warped at random.
+        sample: Measure on the stereo pair that comes with scikit-image, alone or beside the data.
+        table: Measure every row of a table; bundled needs no download. Without it, one model and tap.
+        tap: What to read, facet@layer; several are joined. Default: the model's usual tap.
+        log_bin: Give each token its surroundings too (without --table).
+        protocol: How points are carried, and which are correct.
+        own_size: Read images at the models' own size, whatever the protocol's.
+        reference: Measure distances by the object's box or the target image. Default: the protocol's; the image where
+            the data have no boxes.
+        thresholds: Shares of the reference's longer side; the first is the main one.
+        mean: Over what; default the protocol's. A file pck.json has them all.
+        split: Of the data, where there are splits: train, val or test.
+        category: Only this category (SPair-71k).
+        images: Folder that the image paths of a list of pairs begin at. Default: the folder of the list.
+        names: Text file with the names of the pictures to warp, as paths without suffix; default all.
+        side: Shorter side in pixels that pictures to warp are brought to.
+        subset: How many of the pairs, drawn at random.
+        seed: Of that draw, of warps and of drawn pairs.
+        cache: Folder that keeps the features of every image, for other protocols and runs.
+        out: Folder for the table, the errors of each pair, and pictures (made if missing).
+        resume: Go on with the run in that folder.
+        json: Print one JSON object instead of text.
+        options: Model, size, stride (without --table), device, dtype.
+    """
+
+    data: Path | None = None
+    layout: Literal["spair", "pf-pascal", "pf-willow", "cub", "ap10k", "pairs", "warps"] = "spair"
+    sample: Literal["stereo"] | None = None
+    table: Literal["bundled", "hyperfeatures"] | None = None
+    tap: tuple[str, ...] = ()
+    log_bin: bool = False
+    protocol: ProtocolName = "spair"
+    own_size: bool = False
+    reference: Literal["box", "image"] | None = None
+    thresholds: tuple[float, ...] = ()
+    mean: Literal["keypoint", "image", "category", "category_keypoint"] | None = None
+    split: str = "test"
+    category: str | None = None
+    images: Path | None = None
+    names: Path | None = None
+    side: int = 256
+    subset: int | None = None
+    seed: int = 0
+    cache: Path | None = None
+    out: Path = Path("pck")
+    resume: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def evaluate(command: Eval) -> int:

@@ -3,12 +3,36 @@
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
 
 from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, readable, save_picture, say
-from vitfeats.commands import Extract, Hyperfeatures, Match, Models, Pca, Similarity
+from vitfeats.configs import ExtractorConfig
 from vitfeats.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Write the descriptors of images to safetensors files, one for each image and tap.
+
+    Attributes:
+        images: Image files of any sizes.
+        out: Folder for the files IMAGE.FACET@LAYER.safetensors (made if missing).
+        tap: What to read, facet@layer; several share one forward pass. Default: the model's usual tap.
+        batch_size: Images in one forward pass.
+        json: Print one JSON object instead of text.
+        options: Model, size, stride, device.
+    """
+
+    images: Positional[tuple[Path, ...]]
+    out: Path = Path("features")
+    tap: tuple[str, ...] = ()
+    batch_size: int = 8
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def extract(command: Extract) -> int:
@@ -42,6 +66,30 @@ def extract(command: Extract) -> int:
     return 1 if broken else 0
 
 
+@dataclass(frozen=True)
+class Pca:
+    """Paint the first three principal components of image tokens as colours, one PCA over all images.
+
+    Attributes:
+        images: Image files of any sizes.
+        sample: Use photographs that come with the installed packages: portraits, stereo, textures, cat, coffee,
+            astronaut, grace_hopper, china, flower.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        foreground: Leave the background out, found from the images' borders, and paint it black.
+        json: Print one JSON object instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("pca.png")
+    tap: str | None = None
+    foreground: Literal["none", "border"] = "none"
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
 def pca(command: Pca) -> int:
     """Draw the principal components of images."""
     from vitfeats import plot
@@ -62,6 +110,29 @@ def pca(command: Pca) -> int:
     }
     say(command.json, facts, f"{command.out}: {descriptors[0].tap} of {extractor.card.name}, {len(images)} image(s)")
     return 0
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Show where a point of one image looks alike in another.
+
+    Attributes:
+        images: Two image files; one file is compared with itself.
+        sample: Use a sample instead, as for pca.
+        point: x and y in pixels of the first image, from its top-left corner. Default: its middle.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        json: Print one JSON object instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    point: tuple[float, float] | None = None
+    out: Path = Path("similarity.png")
+    tap: str | None = None
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def similarity(command: Similarity) -> int:
@@ -93,6 +164,29 @@ def similarity(command: Similarity) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Match:
+    """Match the tokens of two images that are each other's nearest neighbour.
+
+    Attributes:
+        images: Two image files.
+        sample: Use a sample instead, as for pca.
+        most: How many of the matches to draw, drawn at random.
+        out: Picture to write.
+        tap: What to read, facet@layer. Default: the model's usual tap.
+        json: Print one JSON object, with every match in source pixels, instead of text.
+        options: Model, size (default 448), stride (default half the patch), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    most: int = 40
+    out: Path = Path("matches.png")
+    tap: str | None = None
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
+
+
 def match(command: Match) -> int:
     """Draw mutual matches of two images."""
     from vitfeats import plot
@@ -117,6 +211,29 @@ def match(command: Match) -> int:
         command.json, facts, f"{command.out}: {len(found)} mutual matches of {a.grid.tokens} and {b.grid.tokens} tokens"
     )
     return 0
+
+
+@dataclass(frozen=True)
+class Hyperfeatures:
+    """Write the hyperfeatures of images: the maps of a diffusion model's layers and steps, aggregated into one.
+
+    Attributes:
+        images: Image files of any sizes.
+        sample: Use a sample instead, as for pca.
+        out: Folder for IMAGE.safetensors, pca.png and, of two images, matches.png (made if missing).
+        most: How many of the matches to draw, drawn at random.
+        seed: Of the noise.
+        json: Print one JSON object instead of text.
+        options: Model (default hyperfeatures:ddpm_mini; hyperfeatures:sd15 for the paper's), size, device, checkpoint.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("hyperfeatures")
+    most: int = 40
+    seed: int = 0
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def hyperfeatures(command: Hyperfeatures) -> int:
@@ -146,6 +263,19 @@ def hyperfeatures(command: Hyperfeatures) -> int:
         told.append(f"matches.png: {len(found)} mutual matches")
     say(command.json, facts, "\n".join(told))
     return 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models by name.
+
+    Attributes:
+        pattern: Shell pattern for the names, for example 'dino*'.
+        json: Print one JSON array instead of a table.
+    """
+
+    pattern: Positional[str] = "*"
+    json: bool = False
 
 
 def models(command: Models) -> int:

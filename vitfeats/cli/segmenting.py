@@ -2,12 +2,48 @@
 
 import dataclasses
 import sys
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
 
 from vitfeats.cli.shared import extractor_of, images_of, say, settings_of
-from vitfeats.commands import Cosegment
-from vitfeats.configs import CosegmentConfig
+from vitfeats.configs import CosegmentConfig, CosegmentPreset, ExtractorConfig
 from vitfeats.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cosegment:
+    """Cut out what images share: masks, cut-outs and overlays, and with --parts its parts.
+
+    Attributes:
+        images: Image files, or folders of them, searched with the folders in them.
+        sample: Use a sample instead, as for pca.
+        out: Folder for masks, cut-outs, overlays, overview.png and cosegmentation.json (made if missing).
+        parts: Find so many parts, the same in all images.
+        preset: default; or reference, the published recipe (with --model dino_vits8).
+        config: Settings in YAML; "preset: NAME" in it begins from another preset.
+        refine: How masks are brought to pixels, in place of the settings'; auto is grabcut where OpenCV is installed.
+        outliers: Leave out images whose CLS has a smaller cosine to the mean CLS, in place of the settings'.
+        seed: Of clusters and crops.
+        batch_size: Images in one forward pass.
+        json: Print one JSON object instead of text.
+        options: Model, size and stride (default: the settings'), device.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    out: Path = Path("cosegmentation")
+    parts: int = 0
+    preset: CosegmentPreset = "default"
+    config: Path | None = None
+    refine: Literal["auto", "grabcut", "guided", "none"] | None = None
+    outliers: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def run_cosegment(command: Cosegment) -> int:

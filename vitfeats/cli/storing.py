@@ -2,9 +2,43 @@
 
 import dataclasses
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
 
 from vitfeats.cli.shared import extractor_of, say
-from vitfeats.commands import Bulk, CheckStore
+from vitfeats.configs import ExtractorConfig
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """Write the descriptors of many images into a store on disk; the same call goes on where one was stopped.
+
+    Attributes:
+        source: A folder of images (and the folders in it), a tar file, or a text file of paths, one a line.
+        out: Folder of the store (made if missing).
+        tap: What to read, facet@layer; several share one forward pass. Default: the model's usual tap.
+        store_type: Of the numbers on disk; int8 has a scale for each token.
+        per_shard: Images in a file.
+        batch_size: Images in one forward pass.
+        workers: Threads that decode. Default: one for each core.
+        strict: Stop at an image that cannot be read.
+        json: Print one JSON object instead of text.
+        options: Model, size, stride, device.
+    """
+
+    source: Positional[Path]
+    out: Path = Path("store")
+    tap: tuple[str, ...] = ()
+    store_type: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    per_shard: int = 64
+    batch_size: int = 8
+    workers: int | None = None
+    strict: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def bulk(command: Bulk) -> int:
@@ -29,6 +63,21 @@ def bulk(command: Bulk) -> int:
     for name, reason in found.broken.items():
         print(f"vitfeats: '{name}': {reason}", file=sys.stderr)
     return 1 if found.broken else 0
+
+
+@dataclass(frozen=True)
+class CheckStore:
+    """Read every number of a store, and name the shards that are missing or damaged.
+
+    Attributes:
+        store: Its folder.
+        repair: Remove damaged shards, so that the call that made the store makes them again.
+        json: Print one JSON object instead of text.
+    """
+
+    store: Positional[Path]
+    repair: bool = False
+    json: bool = False
 
 
 def check(command: CheckStore) -> int:

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
 
 from vitfeats.cli.shared import files_of, images_of, make_folder, readable, save_picture, say
-from vitfeats.commands import Stylize, TrainStylizer
-from vitfeats.configs import STYLE_METHODS, TrainStylizerConfig, read_config
+from vitfeats.configs import STYLE_METHODS, StyleMethod, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -20,6 +21,57 @@ if TYPE_CHECKING:
 
 PATTERN = "pattern:"
 SAMPLE_STYLE = f"{PATTERN}strokes:105"  # what samples are painted in
+
+
+@dataclass(frozen=True)
+class Stylize:
+    """Paint images in the style of others, in one pass of a network that was trained for any style.
+
+    Attributes:
+        images: Image files, or folders of them, such as the frames of a film.
+        sample: Paint a sample instead, as for pca.
+        style: Image files; or drawn patterns by kind and seed, pattern:glass:3 (strokes, glass, mosaic, hatching,
+            marbling, waves, dots, weave). With a sample, one pattern unless given.
+        weights: A share for each style; default equal ones.
+        method: adaattn, sanet, adain; several are drawn side by side. Default: adaattn, or what the checkpoint holds;
+            with a sample, all three.
+        strength: 0 to 1: how far to go from the content to the style.
+        colours: Bring the colours of the result to those of the style, or of the content.
+        mask: Picture of the content's size whose grey values are labels of regions.
+        style_masks: For each style the same; each region is painted in the style's regions of its label.
+        size: Shorter side in pixels that contents are brought to; default their own.
+        style_size: The same for styles: it sets the scale of the strokes. Default their own, 512 at most.
+        most: Positions of each style that attention looks at, drawn at random; 0 is all.
+        checkpoint: Weights that were trained or published, in place of those that come with the package.
+        encoder: Model whose maps they work on; default what they were trained with.
+        out: Picture to write; of several images, a folder for pictures of their names (made if missing).
+        resume: Leave out images whose picture is in the folder already.
+        batch_size: Images of one size that run together.
+        seed: Of the positions that are drawn.
+        device: cpu, cuda, mps; auto takes a GPU if there is one.
+        json: Print one JSON object instead of text.
+    """
+
+    images: Positional[tuple[Path, ...]] = ()
+    sample: str | None = None
+    style: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    method: tuple[StyleMethod, ...] = ()
+    strength: float = 1.0
+    colours: Literal["network", "style", "content"] = "network"
+    mask: Path | None = None
+    style_masks: tuple[Path, ...] = ()
+    size: int | None = None
+    style_size: int | None = None
+    most: int = 4096
+    checkpoint: Path | None = None
+    encoder: str | None = None
+    out: Path = Path("styled.png")
+    resume: bool = False
+    batch_size: int = 1
+    seed: int = 0
+    device: str = "auto"
+    json: bool = False
 
 
 def run_stylize(command: Stylize) -> int:
@@ -100,6 +152,37 @@ def _each(command: Stylize) -> int:
     for reason in broken.values():
         print(f"vitfeats: {reason}", file=sys.stderr)
     return 1 if broken else 0
+
+
+@dataclass(frozen=True)
+class TrainStylizer:
+    """Train a network of style transfer for any style.
+
+    Attributes:
+        content: A folder (with the folders in it) or a tar file of pictures to learn to paint.
+        style: The same, of styles. Without it: drawn patterns, textures, and the most colourful of the contents.
+        out: Folder for the history, checkpoints, pictures of results and stylizer.safetensors (made if missing).
+        held_out: Text file with the names of contents not to learn from, as paths without suffix.
+        method: Which network, with its published settings. Default: the one of the file, or adaattn.
+        config: Settings in YAML, in place of those.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights, crops and draws.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    content: Path
+    style: Path | None = None
+    out: Path = Path("stylizer")
+    held_out: Path | None = None
+    method: StyleMethod | None = None
+    config: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "auto"
+    json: bool = False
 
 
 def train(command: TrainStylizer) -> int:

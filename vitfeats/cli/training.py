@@ -3,13 +3,16 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tyro.conf import OmitArgPrefixes, Positional
+
 from vitfeats.cli.shared import extractor_of, say
-from vitfeats.commands import Pretrain, TrainDiffusion, TrainHyperfeatures
 from vitfeats.configs import (
     DiffusionConfig,
+    ExtractorConfig,
     PretrainConfig,
     TrainDiffusionConfig,
     TrainHyperfeaturesConfig,
@@ -23,6 +26,35 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 JUDGED = 50  # held-out pictures that a training of hyperfeatures looks at
+
+
+@dataclass(frozen=True)
+class TrainDiffusion:
+    """Train a small diffusion model of pixels, such as the bundled ddpm_mini.
+
+    Attributes:
+        pictures: A folder (with the folders in it) or a tar file of pictures.
+        out: Folder for the history, checkpoints and the model (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix.
+        config: Settings in YAML.
+        steps: Optimiser steps, in place of the settings'.
+        minutes: Stop after so many minutes, to be resumed.
+        seed: Of first weights, crops and noise.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    pictures: Positional[Path]
+    out: Path = Path("diffusion")
+    held_out: Path | None = None
+    config: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+    json: bool = False
 
 
 def diffusion(command: TrainDiffusion) -> int:
@@ -57,6 +89,41 @@ def diffusion(command: TrainDiffusion) -> int:
     told = f"{facts['out']}: {facts['steps']} steps over {len(pictures)} pictures, {result.stopped}"
     say(command.json, facts, told + (f"; held-out loss {judged[-1]:.4f}" if judged else ""))
     return 1 if result.stopped == "not finite" else 0
+
+
+@dataclass(frozen=True)
+class TrainHyperfeatures:
+    """Train the network that makes one map of a diffusion model's layers and steps, on pairs of pictures.
+
+    Attributes:
+        pictures: A folder (with the folders in it) or a tar file of pictures, learned from with random warps of them.
+            With --pairs, the folder that the image paths in it begin at.
+        pairs: JSON file of pairs with points that show the same, as Diffusion Hyperfeatures has them, in place of
+            warps.
+        out: Folder for the history, checkpoints, the model's maps and aggregation.pt (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix: at
+            most 50 of them, evenly spread, and warps of them.
+        config: Settings in YAML.
+        diffusion: How the diffusion model reads, in YAML. What it does not set is as published: inversion, 50 steps of
+            which 11 are kept.
+        steps: Optimiser steps, in place of the settings'.
+        seed: Of first weights, the order and the warps.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        json: Print one JSON object instead of text.
+        options: Model (default ddpm_mini; any diffusion model), size, device.
+    """
+
+    pictures: Positional[Path]
+    pairs: Path | None = None
+    out: Path = Path("aggregation")
+    held_out: Path | None = None
+    config: Path | None = None
+    diffusion: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    json: bool = False
+    options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
 
 def aggregation(command: TrainHyperfeatures) -> int:
@@ -107,6 +174,35 @@ def aggregation(command: TrainHyperfeatures) -> int:
     told = f"{facts['out']}: {facts['steps']} steps over {len(pairs)} pairs, {result.stopped}"
     say(command.json, facts, told + (f"; held-out PCK@0.1 {judged[-1]:.3f}" if judged else ""))
     return 1 if result.stopped == "not finite" else 0
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a vision transformer on your own pictures, without labels or with them.
+
+    Attributes:
+        data: A folder (with the folders in it) or a tar file of pictures; folders are classes, where labels are used.
+        out: Folder for the history, checkpoints, curves and the model (made if missing).
+        held_out: Text file with the names of pictures to judge by and not to learn from, as paths without suffix.
+        config: Settings in YAML.
+        steps: Optimiser steps, in place of the settings'.
+        minutes: Minutes to train for, in place of steps.
+        seed: Of first weights, the order, crops and masks.
+        resume: Go on from the checkpoint in the folder, if there is one.
+        device: Where to train.
+        json: Print one JSON object instead of text.
+    """
+
+    data: Path
+    out: Path = Path("pretrained")
+    held_out: Path | None = None
+    config: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "auto"
+    json: bool = False
 
 
 def pretrained(command: Pretrain) -> int:
