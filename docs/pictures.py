@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
@@ -32,6 +33,7 @@ MOST_BYTES = 150_000
 WARP = torch.tensor([[0.9, -0.12, 50.0], [0.14, 0.9, -10.0], [0.0001, 0.0, 1.0]])  # turned, smaller, a little tilted
 EYE = (180.0, 110.0)  # (x, y) in pixels of the cat
 NOSE = (267.0, 244.0)
+SPOON = (365.0, 285.0)  # (x, y) in pixels of the coffee
 SHOWN = 60  # matches drawn of each matcher
 WITHIN = 16.0  # pixels from the truth that count as right
 INVERSION_STEPS = 300  # of each; about a minute on one core
@@ -379,6 +381,29 @@ def cutouts(_extractor: vf.Extractor) -> Image.Image:
     return sheet(panels, columns=6, width=165)
 
 
+def search(_extractor: vf.Extractor) -> Image.Image:
+    """Draw a clicked patch of a photograph and the most similar ones of a collection: all samples, mirrored and cut."""
+    with TemporaryDirectory() as folder:
+        for name in ("cat", "coffee", "astronaut", "grace_hopper", "china", "flower"):
+            picture = vf.samples.load(name)[0]
+            across, down = picture.size
+            cut = picture.crop((across // 6, down // 6, across, down)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            cut.save(Path(folder) / f"{name}.png")
+        images = vf.bulk.open_source(folder)
+        vf.bulk.extract(images, Path(folder) / "store", model="mini", taps=["key@11"], stride=8)
+        store = vf.bulk.Store(Path(folder) / "store")
+        shown, titles, points = [], [], []
+        for picture, point in ((vf.samples.cat(), EYE), (vf.samples.coffee(), SPOON)):
+            d = vf.bulk.store_extractor(store)(picture, "key@11")
+            hits = vf.bulk.search_patches(store, d, [point], k=3)
+            assert hits.points is not None
+            shown += [picture, *(to_pil(images.image(images.ids.index(name))) for name in hits.ids[0])]
+            titles += ["asked", *(f"{score:.2f}" for score in hits.scores[0].tolist())]
+            points += [point, *hits.points[0].tolist()]
+        drawn = vf.plot.side_by_side(shown, titles, columns=4, marked=points)
+        return drawn.resize((drawn.width // 2, drawn.height // 2), Image.Resampling.LANCZOS)
+
+
 def squared(picture: Image.Image) -> Image.Image:
     """Return the middle square of a picture."""
     side = min(picture.size)
@@ -416,6 +441,7 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
         style_losses,
         cosegment,
         cutouts,
+        search,
     )
 }
 """Every picture by its name."""

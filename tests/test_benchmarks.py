@@ -28,7 +28,7 @@ def module(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["log_binning", "matching", "style", "cosegment"])
+@pytest.mark.parametrize("name", ["log_binning", "matching", "style", "cosegment", "million"])
 def test_it_runs_on_small_numbers(name):
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--fast"],

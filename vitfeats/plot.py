@@ -231,7 +231,11 @@ def saliency(images: ImageLike | Sequence[ImageLike], d: Descriptor, heads: Sequ
 
 
 def side_by_side(
-    images: Sequence[ImageLike], titles: Sequence[str] | None = None, *, columns: int | None = None
+    images: Sequence[ImageLike],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    marked: Sequence[Sequence[float] | None] | None = None,
 ) -> Image.Image:
     """Draw images beside each other, in one height, each under its title.
 
@@ -239,9 +243,10 @@ def side_by_side(
         images: Of any sizes; their proportions are kept.
         titles: One for each image, or None.
         columns: Begin a new row after so many; None puts all in one.
+        marked: For each image a point (x, y) in its pixels that gets a dot, or None; None is without dots.
 
     Raises:
-        ShapeError: If there is no image, or there are not as many titles as images.
+        ShapeError: If there is no image, or there are not as many titles or points as images.
         ConfigError: If ``columns`` is below 1.
     """
     pictures = [_picture(image) for image in images]
@@ -249,6 +254,8 @@ def side_by_side(
         raise ShapeError("expected at least one image, got none")
     if titles is not None and len(titles) != len(pictures):
         raise ShapeError(f"expected one title an image, got {len(titles)} titles for {len(pictures)} images")
+    if marked is not None and len(marked) != len(pictures):
+        raise ShapeError(f"expected a point or None for each image, got {len(marked)} for {len(pictures)} images")
     if columns is not None and columns < 1:
         raise ConfigError(f"expected columns of at least 1, or None for one row, got {columns}")
     in_row = len(pictures) if columns is None else columns
@@ -267,6 +274,10 @@ def side_by_side(
             axis = figure.add_axes(where)
             axis.imshow(pictures[i], aspect="auto")
             axis.set_axis_off()
+            point = None if marked is None else marked[i]
+            if point is not None:
+                axis.set_autoscale_on(False)  # a point at the edge must not shrink the picture
+                axis.plot(*_pixel(point), "o", ms=7, color="red", mec="white", mew=1.4)
             if titles is not None:
                 axis.set_title(titles[i], fontsize=12 * scale / _INCHES, pad=4 * scale / _INCHES)
             left += widths[i] + margin

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import subcommand
+from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from vitfeats.cli.making import Invert, Splice, run_invert, run_splice
 from vitfeats.cli.measuring import Eval, evaluate
@@ -28,7 +28,7 @@ from vitfeats.cli.reading import (
     similarity,
 )
 from vitfeats.cli.segmenting import Cosegment, run_cosegment
-from vitfeats.cli.storing import Bulk, CheckStore, bulk, check
+from vitfeats.cli.storing import Bulk, OnStore, bulk, on_store
 from vitfeats.cli.styling import Stylize, TrainStylizer, run_stylize, train
 from vitfeats.cli.training import Pretrain, TrainDiffusion, TrainHyperfeatures, aggregation, diffusion, pretrained
 from vitfeats.errors import VitFeatsError
@@ -36,7 +36,7 @@ from vitfeats.errors import VitFeatsError
 Command = (
     Annotated[Extract, subcommand("extract")]
     | Annotated[Bulk, subcommand("bulk")]
-    | Annotated[CheckStore, subcommand("check-store")]
+    | Annotated[OnStore, subcommand("store")]
     | Annotated[Pca, subcommand("pca")]
     | Annotated[Similarity, subcommand("similarity")]
     | Annotated[Match, subcommand("match")]
@@ -56,7 +56,7 @@ Command = (
 RUN: dict[type, Any] = {
     Extract: extract,
     Bulk: bulk,
-    CheckStore: check,
+    OnStore: on_store,
     Pca: pca,
     Similarity: similarity,
     Match: match,
@@ -78,7 +78,7 @@ RUN: dict[type, Any] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
     command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type] - tyro takes a union of dataclasses
+        OmitSubcommandPrefixes[Command],  # type: ignore[arg-type] - tyro takes a union of dataclasses
         prog="vitfeats",
         description="Features out of vision models: keys, queries, values, tokens, CLS, attention, hyperfeatures.",
         args=arguments,

@@ -15,12 +15,12 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitfeats.apps.bulk.shards import Rows
 from vitfeats.apps.bulk.store import Store
-from vitfeats.descriptor import Descriptors, write_whole
+from vitfeats.descriptor import Descriptors
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError, nearest_names
 
 ExportType = Literal["float16", "float32"]
@@ -28,7 +28,6 @@ _Known = tuple[list[str], int, Int[np.ndarray, "_ 4"]]
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 _CHUNK, _FILE = 2**20, 2**27  # bytes of a chunk of Zarr's features, and of a file of chunks
-_LISTED = 2**16  # images in a file of a Zarr array that has a row an image
 _GROUP = 2**26  # bytes of a row group of a Parquet file, before it is compressed
 
 
@@ -95,7 +94,7 @@ def export_zarr(
 
     Features are not compressed, as that gains little. A chunk is about 1 MiB, and whole images where most have the
     same number of tokens; a file has about 128 MiB of chunks, and is written once and whole. The store is read twice,
-    at first for the size of the arrays; one tap of one shard and about three files are in memory at a time. Arguments
+    at first for the size of the arrays; one tap of one shard and about four files are in memory at a time. Arguments
     are those of :func:`export_npy`.
 
     Raises:
@@ -113,9 +112,10 @@ def export_zarr(
             group = root.create_group(tap)
             _write_features(group, (_numbers(rows.vectors, dtype) for rows in _parts(store, tap)), dim, arrays, dtype)
             for name, values in arrays.items():
-                _write_known(group, name, values, values.dtype)
+                group.create_array(name, data=values)
             if tap == chosen[0]:
-                _write_known(root, "ids", np.array([_text(name) for name in ids], dtype=object), str)
+                texts = np.array([_text(name) for name in ids], dtype=np.dtypes.StringDType())
+                root.create_array("ids", data=texts)
     return target
 
 
@@ -163,20 +163,18 @@ def export_parquet(
     return target
 
 
-def pooled_table(path: Path, images: Sequence[tuple[str, Descriptors]]) -> None:
-    """Write one vector an image and tap into a Parquet file, whole or not at all. The same images give the same bytes.
+def pooled_table(images: Sequence[tuple[str, Descriptors]]) -> bytes:
+    """Return a Parquet file of one vector an image and tap. The same images give the same bytes.
 
     Columns are those of :func:`export_parquet` with ``pool="mean"``, so that several files can be read as one table.
 
     Args:
-        path: Where.
         images: Of each image its id and the descriptors of its taps, a batch of 1 each; the same taps of each, and at
             least one image.
 
     Raises:
         MissingDependencyError: If pyarrow is not installed.
         ConfigError: If there is no image, as then nothing tells the columns.
-        StoreError: If the file cannot be written; nothing is left behind then.
     """
     _imported("pyarrow", "bulk")
     if not images:
@@ -189,7 +187,7 @@ def pooled_table(path: Path, images: Sequence[tuple[str, Descriptors]]) -> None:
         shard[str(tap)] = Rows(ids, vectors, [d.grid for d in own], [d.frames[0] for d in own])
     table, content = _table(shard, "mean"), BytesIO()
     import_module("pyarrow.parquet").write_table(table, content, **_layout(table.schema))
-    write_whole(path, content.getvalue())
+    return content.getvalue()
 
 
 def _checked(store: Store, target: Path, taps: Sequence[str] | None, dtype: str = "float32") -> list[str]:
@@ -203,7 +201,7 @@ def _checked(store: Store, target: Path, taps: Sequence[str] | None, dtype: str 
         raise ConfigError(f"expected taps of the store ({', '.join(store.taps)}), got {got}")
     if os.path.lexists(target):
         raise ConfigError(f"expected a new path, but '{target}' exists; remove it, or export to another")
-    if target.parent.resolve() == store.path.resolve():
+    if target.parent.resolve() == Path(store.path).resolve():  # the store may be an address
         # A run on the store takes what is half-written there for its own, and removes it.
         raise ConfigError(f"expected a path outside the store, got '{target}'; export to another folder")
     missing = len(store.missing())
@@ -289,11 +287,6 @@ def _write_features(
     for block in _blocks(parts, whole):  # whole files alone: of one that is written in parts, a part can be lost
         array[start : start + len(block)] = block
         start += len(block)
-
-
-def _write_known(group: Any, name: str, values: Shaped[np.ndarray, "images *two"], dtype: Any) -> None:
-    chunks = (min(len(values), _LISTED), *values.shape[1:])
-    group.create_array(name, shape=values.shape, dtype=dtype, chunks=chunks)[:] = values
 
 
 def _blocks(parts: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -144,8 +144,7 @@ def extract(
         _check_space(folder, expected)
         if progress:
             done = f", {len(images) - count} of them done" if count < len(images) else ""
-            size_told = f"{expected / 1e9:.2f} GB" if expected >= 1e8 else f"{expected / 1e6:.1f} MB"
-            print(f"{len(images)} images{done}; about {size_told} to write to '{folder}'", file=sys.stderr)
+            print(f"{len(images)} images{done}; about {_size(expected)} to write to '{folder}'", file=sys.stderr)
         parts = (Part(n, images.part(n * per_shard, (n + 1) * per_shard)) for n in todo)
         with tqdm(total=count, unit="image", disable=not progress) as bar:
             shared: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "tick": bar.update}
@@ -160,7 +159,9 @@ def extract(
                 for one in running:
                     made += one.images
         if missing := store.missing():
-            raise StoreError(f"expected all shards of '{folder}', but {len(missing)} were removed while others were made")
+            raise StoreError(
+                f"expected all shards of '{folder}', but {len(missing)} were removed while others were made"
+            )
         broken = store.broken()
         sizes = sum(size for name, size in sizes_in(folder).items() if name.startswith("part-"))
     return Summary(folder, len(store) - len(broken), made, broken, time.perf_counter() - start, sizes)
@@ -245,6 +246,11 @@ def _check_space(folder: Place, expected: int) -> None:
     needed, free = _SPARE * expected, shutil.disk_usage(folder).free
     if expected and needed > free:
         raise StoreError(
-            f"expected a disk that holds about {needed / 1e9:.1f} GB at '{folder}', but {free / 1e9:.1f} GB are "
-            "free; read fewer taps, or use dtype='int8', pca=64 or a larger stride"
+            f"expected a disk that holds about {_size(needed)} at '{folder}', but {_size(free)} are free; read fewer "
+            "taps, or use dtype='int8', pca=64 or a larger stride"
         )
+
+
+def _size(count: float) -> str:
+    """Say how many bytes these are."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ _TYPES = {
     "BF16": torch.bfloat16,
     "I8": torch.int8,
 }
+
+
+class UnreachableError(StoreError):
+    """A file that may be whole, but that cannot be read now."""
 
 
 def place_of(given: Path | str) -> Place:
@@ -73,7 +78,7 @@ def sizes_in(folder: Place) -> dict[str, int]:
         return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
     except FileNotFoundError:
         return {}
-    except StoreError:
+    except (StoreError, MissingDependencyError):
         raise
     except Exception as error:  # each kind of storage has its own
         raise StoreError(f"expected to read '{folder}', but: {error}") from error
@@ -84,7 +89,8 @@ def read_bytes(place: Place, start: int | None = None, end: int | None = None) -
 
     Raises:
         FileNotFoundError: If there is none.
-        StoreError: If it cannot be read.
+        UnreachableError: If it cannot be read.
+        StoreError: If its address is none.
     """
     try:
         if isinstance(place, Path):
@@ -93,10 +99,10 @@ def read_bytes(place: Place, start: int | None = None, end: int | None = None) -
                 return file.read() if end is None else file.read(end - (start or 0))
         files, path = filesystem(place)
         return files.cat_file(path, start, end)
-    except (FileNotFoundError, StoreError):
+    except (FileNotFoundError, StoreError, MissingDependencyError):
         raise
     except Exception as error:  # each kind of storage has its own
-        raise StoreError(f"expected to read '{place}', but: {error}") from error
+        raise UnreachableError(f"expected to read '{place}', but: {error}") from error
 
 
 def write_bytes(place: Place, data: bytes) -> None:
@@ -129,7 +135,7 @@ def remove(place: Place) -> None:
         files.rm_file(path)
     except FileNotFoundError:
         return
-    except StoreError:
+    except (StoreError, MissingDependencyError):
         raise
     except Exception as error:
         raise StoreError(f"expected to remove '{place}', but: {error}") from error
@@ -195,6 +201,8 @@ class _Tensors:
         if len(text) < length:
             raise ValueError("its header is cut off")
         self._header: dict[str, Any] = json.loads(text)
+        if not isinstance(self._header, dict) or not isinstance(self._header.get("__metadata__", {}), dict):
+            raise ValueError("its header is of another kind")
         self._start = 8 + length
 
     def metadata(self) -> dict[str, str]:
@@ -205,11 +213,12 @@ class _Tensors:
 
     def get_tensor(self, name: str) -> Tensor:
         facts = self._header[name]
-        start, end = facts["data_offsets"]
+        (start, end), shape, dtype = facts["data_offsets"], facts["shape"], _TYPES[facts["dtype"]]
+        if end - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"'{name}' has {end - start} bytes for the shape {shape}")
         data = self._fetch(self._start + start, self._start + end) if end > start else b""
         if len(data) < end - start:
             raise ValueError(f"'{name}' is cut off")
-        dtype = _TYPES[facts["dtype"]]
-        if not data:
-            return torch.zeros(facts["shape"], dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(facts["shape"])
+        return (
+            torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.zeros(shape, dtype=dtype)
+        )

@@ -1,6 +1,6 @@
 """Shards made of images: decoded and resized in threads, read by one model, written while it goes on."""
 
-import pickle
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from vitfeats.api import load_extractor
 from vitfeats.apps.bulk.exports import pooled_table
 from vitfeats.apps.bulk.files import joined, make_folder, write_bytes
 from vitfeats.apps.bulk.shards import StoreType, write_shard
 from vitfeats.apps.bulk.sources import Source
 from vitfeats.apps.bulk.store import Store, shard_name
+from vitfeats.configs import DiffusionConfig
 from vitfeats.descriptor import Descriptors
-from vitfeats.errors import ImageError, ShapeError
+from vitfeats.errors import ConfigError, ImageError, ShapeError
 from vitfeats.extractors.base import Extractor
 from vitfeats.preprocess import Prepared
 
@@ -141,7 +143,7 @@ class ShardMaker:
     def _written(self, part: Part, images: Sequence[tuple[str, Descriptors]], broken: Mapping[str, str]) -> Made:
         """Write a shard: last, so that what goes with it is there when it is."""
         settings = self._store.settings
-        if settings.get(POOLED):
+        if settings.get(POOLED) and images:  # nothing tells the columns of a table without images
             folder = joined(self._store.path, POOLED)
             make_folder(folder)
             name = shard_name(part.number).replace(".safetensors", ".parquet")
@@ -179,9 +181,38 @@ def settings_of(extractor: Extractor, taps: Sequence[str], dtype: StoreType) -> 
     }
 
 
-def packed(part: Part) -> bytes:
-    """Return a part as bytes, to be sent elsewhere."""
-    return pickle.dumps(part)
+def store_extractor(store: Store, *, model: Any = None, device: str | torch.device = "auto") -> Extractor:
+    """Load the model that a store was made with, set as it was, so that what it reads can be compared with the store.
+
+    Args:
+        store: Of which.
+        model: The module, or the name or folder to load instead, where the store has the name of a model that cannot be
+            loaded by it.
+        device: Where it goes.
+
+    Raises:
+        ConfigError: If what is found is not the model that the store was made with.
+        UnknownModelError, WeightsUnavailableError: If it cannot be loaded.
+    """
+    known = store.settings
+    given: dict[str, Any] = {name: known[name] for name in ("norm", "norm_qk", "rope") if known.get(name)}
+    if known.get("rope") == "pre":
+        del given["rope"]
+    if known.get("diffusion"):
+        given["diffusion"] = DiffusionConfig(**known["diffusion"])
+    size = tuple(known["size"]) if isinstance(known["size"], list) else known["size"]
+    named = known["model"] if model is None else model
+    extractor = load_extractor(
+        named, size=size, stride=known["stride"], device=device, dtype=known["precision"], **given
+    )
+    here = json.loads(json.dumps(settings_of(extractor, store.taps, known["dtype"])))
+    told = [name for name in here if here[name] != known.get(name) and name not in ("model", "vitfeats", "torch")]
+    if told:
+        raise ConfigError(
+            f"expected the model that '{store.path}' was made with ({known['model']}), but '{named}' differs in: "
+            f"{', '.join(told)}; pass model="
+        )
+    return extractor
 
 
 def _held(found: Descriptors, store: Store) -> Descriptors:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vitfeats.apps.bulk.files import Place, joined, remove, sizes_in, write_bytes
-from vitfeats.apps.bulk.making import Made, Part, ShardMaker, packed, settings_of
+from vitfeats.apps.bulk.making import Made, Part, ShardMaker, settings_of
 from vitfeats.apps.bulk.store import Store
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError, VitFeatsError
 from vitfeats.extractors.base import Extractor
@@ -55,17 +55,17 @@ def make_by_ray(
     try:
         import ray
         import ray.data
+        from ray import cloudpickle
         from ray.exceptions import RayError
     except ImportError as error:
         raise MissingDependencyError(
             f"expected Ray for engine='ray', but it cannot be loaded ({error}); try: pip install \"vitfeats[bulk]\""
         ) from error
-    with _connected(ray), _quiet():
+    with _without_attempts(store), _connected(ray), _quiet(ray):
         cards = int(ray.cluster_resources().get("GPU", 0))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # there is one for the images
-        sent = ray.put(pickle.dumps(extractor if extractor.device.type == "cpu" else extractor.on("cpu")))
-        rows = [{"number": part.number, "part": packed(part)} for part in parts]
+        # By cloudpickle, for models and sources may be of classes that a script defines.
+        sent = ray.put(cloudpickle.dumps(extractor if extractor.device.type == "cpu" else extractor.on("cpu")))
+        rows = [{"number": part.number, "part": cloudpickle.dumps(part)} for part in parts]
         found = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
             _Actor,
             batch_size=1,
@@ -94,8 +94,6 @@ def make_by_ray(
                 f"expected actors that make shards of '{store.path}', but they failed: {_shortened(error)}; whole "
                 "shards stay, and the same call goes on"
             ) from error
-        finally:
-            _forget_attempts(store)
 
 
 class _Actor:
@@ -118,8 +116,8 @@ class _Actor:
         self._maker = ShardMaker(extractor, self._store, batch_size=batch_size, threads=threads, strict=strict)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        part: Part = pickle.loads(batch["part"][0])
         try:
+            part: Part = pickle.loads(batch["part"][0])
             if self._why:
                 raise ConfigError(
                     f"expected each machine to have what began the run, but these differ: {'; '.join(self._why)}"
@@ -127,9 +125,15 @@ class _Actor:
             attempt = _note_attempt(self._store, part)
             (made,) = self._maker.each([part])
             remove(attempt)
+            found: Made | VitFeatsError = made
         except VitFeatsError as error:  # as a value: from an exception Ray would make one of its own
-            return {"number": batch["number"], "made": [pickle.dumps(type(error)(str(error)))]}
-        return {"number": batch["number"], "made": [pickle.dumps(made)]}
+            found = type(error)(str(error))
+        except Exception as error:  # of a model or a source of the user's own
+            found = StoreError(
+                f"expected to make shard {batch['number'][0]} of '{self._store.path}', but its actor got "
+                f"{type(error).__name__}: {error}; whole shards stay, and the same call goes on"
+            )
+        return {"number": batch["number"], "made": [pickle.dumps(found)]}
 
 
 def _note_attempt(store: Store, part: Part) -> Place:
@@ -151,10 +155,15 @@ def _note_attempt(store: Store, part: Part) -> Place:
     return place
 
 
-def _forget_attempts(store: Store) -> None:
-    for name in sizes_in(store.path):
-        if name.startswith(".attempt-"):
-            remove(joined(store.path, name))
+@contextmanager
+def _without_attempts(store: Store) -> Iterator[None]:
+    """Remove in the end what attempts left behind."""
+    try:
+        yield
+    finally:
+        for name in sizes_in(store.path):
+            if name.startswith(".attempt-"):
+                remove(joined(store.path, name))
 
 
 @contextmanager
@@ -168,6 +177,7 @@ def _connected(ray: Any) -> Iterator[None]:
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is started unasked reports to nobody
         ray.init(
+            "local",  # not the cluster that a `ray start` left on this machine, whose CPUs are its own
             num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
@@ -180,15 +190,17 @@ def _connected(ray: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(ray: Any) -> Iterator[None]:
     """Keep Ray Data from telling how it goes: there is a progress bar of images for that."""
-    log = logging.getLogger("ray.data")
-    before = log.level
+    log, context = logging.getLogger("ray.data"), ray.data.DataContext.get_current()
+    before = log.level, context.enable_progress_bars
     log.setLevel(logging.ERROR)
+    context.enable_progress_bars = False
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.setLevel(before[0])
+        context.enable_progress_bars = before[1]
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:

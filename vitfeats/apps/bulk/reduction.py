@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.apps.bulk.files import Place, joined, opened_tensors
+from vitfeats.apps.bulk.files import Place, joined, read_bytes
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, ShapeError, StoreError
 from vitfeats.pca import principal_axes
@@ -77,10 +77,14 @@ class Reduction:
         assert features is not None
         return replace(d, features=features, cls=reduced(d.cls), registers=reduced(d.registers), heads=None)
 
+    @property
+    def dims(self) -> int:
+        """Number of components."""
+        return len(next(iter(self.components.values())))
+
     def facts(self) -> dict[str, Any]:
         """Return what settings say of it: components, and a digest of all numbers."""
-        found = blake2b(self.to_bytes(), digest_size=16).hexdigest()
-        return {"dims": len(next(iter(self.components.values()))), "digest": found}
+        return {"dims": len(next(iter(self.components.values()))), "digest": _digest(self.to_bytes())}
 
     def to_bytes(self) -> bytes:
         """Return it as a safetensors file."""
@@ -123,15 +127,23 @@ def read_reduction(folder: Place, wanted: Mapping[str, Any] | None) -> Reduction
     """
     if wanted is None:
         return None
+    from safetensors.torch import load
+
     place = joined(folder, PCA_FILE)
-    with opened_tensors(place, whole=True) as file:
-        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    try:
+        data = read_bytes(place)
+    except OSError as error:
+        raise StoreError(f"expected the principal components of a store at '{place}', but: {error}") from error
+    if _digest(data) != wanted.get("digest"):
+        raise StoreError(f"expected '{place}' as it was written, but it was changed or is of another store")
+    read = load(data)
     taps = [name.removesuffix("/mean") for name in read if name.endswith("/mean")]
-    found = Reduction(
+    return Reduction(
         {tap: read[f"{tap}/mean"] for tap in taps},
         {tap: read[f"{tap}/components"] for tap in taps},
         {tap: float(read[f"{tap}/kept"]) for tap in taps},
     )
-    if found.facts() != dict(wanted):
-        raise StoreError(f"expected '{place}' as it was written, but it was changed or is of another store")
-    return found
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()

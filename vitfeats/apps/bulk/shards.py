@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.apps.bulk.files import Place, opened_tensors, write_bytes
+from vitfeats.apps.bulk.files import Place, UnreachableError, opened_tensors, write_bytes
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, StoreError, VitFeatsError
 from vitfeats.grid import Frame, PatchGrid
@@ -175,7 +175,11 @@ def read_rows(path: Place, tap: str, header: Header | None = None) -> Rows:
 
 
 def check_shard(path: Place) -> str | None:
-    """Return why a shard is not as it was written, or None: every number is read and compared with its digest."""
+    """Return why a shard is not as it was written, or None: every number is read and compared with its digest.
+
+    Raises:
+        StoreError: If the object storage that it lies in cannot be read now, which tells nothing of the shard.
+    """
     try:
         with opened_tensors(path, whole=True) as file:
             header = _header(path, file)
@@ -183,6 +187,8 @@ def check_shard(path: Place) -> str | None:
                 names = _names_of(file, position)
                 if _digest_of({name: file.get_tensor(f"{position}/{name}") for name in names}) != image["digest"]:
                     return f"the features of '{image['id']}' are not those that were written"
+    except UnreachableError:
+        raise
     except StoreError as error:
         return str(error)
     return None

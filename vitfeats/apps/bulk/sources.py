@@ -49,7 +49,10 @@ class Source(ABC):
             ImageError: If it is no image, or not there.
             StoreError: If what it lies in cannot be read.
         """
-        return load_image(self.opened(number))
+        opened = self.opened(number)
+        if isinstance(opened, Image.Image) and opened.format == "EPS":  # as of a path
+            raise ImageError("expected a picture, but it is a PostScript program, which may never end; pass it as PNG")
+        return load_image(opened)
 
     @abstractmethod
     def opened(self, number: int) -> Path | Image.Image:
@@ -103,7 +106,10 @@ class Tars(Source):
     def opened(self, number: int) -> Image.Image:
         """Return the picture of a member."""
         file, start, size = (int(value) for value in self.places[number])
-        return _picture(_required(self.files[file], start, start + size))
+        try:
+            return _picture(read_bytes(self.files[file], start, start + size))
+        except FileNotFoundError as error:  # no image is broken for that
+            raise StoreError(f"expected the tar file '{self.files[file]}' where it was, but it is gone") from error
 
     def part(self, start: int, stop: int) -> "Tars":
         """Return some of the members."""
@@ -151,14 +157,15 @@ class Tables(Source):
         with _reading:  # one thread reads a row group, the others then find it
             value = _group_of(self.files[file], group, self.column)[row].as_py()
         if isinstance(value, dict):
-            value = value["path"] if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ImageError(f"expected an image in row {row} of row group {group} of '{self.files[file]}', got none")
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
             return _picture(value)
+        if not isinstance(value, str):
+            got = "none" if value is None else f"a value of type {type(value).__name__}"
+            raise ImageError(f"expected an image in row {row} of row group {group} of '{self.files[file]}', got {got}")
         place = place_of(value)
         if isinstance(place, Path):
-            place = _beside(self.files[file], value)
+            place = _beside(self.files[file], place)
         return place if isinstance(place, Path) else _remote_picture(place)
 
     def part(self, start: int, stop: int) -> "Tables":
@@ -196,8 +203,10 @@ def open_source(
         found: Source = _listed(place)
     elif "*" in name and not (isinstance(place, Path) and place.exists()):
         found = _several(place, *_matching(place), image_column, id_column)
-    elif name.endswith(_TABLES):
-        found = _tables([place], image_column, id_column)
+    elif name.endswith(_TABLES) and not (isinstance(place, Path) and place.is_dir()):
+        found = _tables([place], [Path(str(place)).name], image_column, id_column)
+    elif is_remote(place) and name.endswith(_PACKED_TARS):
+        raise ConfigError(f"expected a tar file of which parts can be read, got the compressed '{place}'; unpack it")
     elif is_remote(place):
         found = _tars([place], [""]) if name.endswith(_TARS) else _remote_folder(place, image_column, id_column)
     else:
@@ -244,9 +253,9 @@ def _several(
     tars = [(file, name) for file, name in zip(files, names, strict=True) if name.lower().endswith(_TARS)]
     if tars:
         return _tars([file for file, _ in tars], [f"{name}/" for _, name in tars])
-    tables = [file for file, name in zip(files, names, strict=True) if name.lower().endswith(_TABLES)]
+    tables = [(file, name) for file, name in zip(files, names, strict=True) if name.lower().endswith(_TABLES)]
     if tables:
-        return _tables(tables, image_column, id_column)
+        return _tables([file for file, _ in tables], [name for _, name in tables], image_column, id_column)
     return Files([], place)
 
 
@@ -311,25 +320,32 @@ def _members(file: Place) -> Iterator[tuple[str, int, int]]:
         raise StoreError(f"expected a folder or a tar file of pictures at '{file}', but: {error}") from error
 
 
-def _tables(files: Sequence[Place], image_column: str | None, id_column: str | None) -> Tables:
-    """Find the images in Parquet tables; only their ids are read."""
+def _tables(files: Sequence[Place], names: Sequence[str], image_column: str | None, id_column: str | None) -> Tables:
+    """Find the images in Parquet tables, which are called by the names; only their ids are read."""
+    _group_of.cache_clear()  # a table may have been written anew since it was read
     ids: list[str] = []
     places: list[np.ndarray] = []
-    column = None
-    for number, file in enumerate(files):
+    for number, (file, name) in enumerate(zip(files, names, strict=True)):
         table = _parquet(file)
-        names = table.schema_arrow.names
-        column = _column(image_column, _IMAGE_COLUMNS, names, file, "image_column") if column is None else column
-        named = _column(id_column, _ID_COLUMNS, names, file, None if id_column is None else "id_column")
+        there = table.schema_arrow.names
+        image_column = _column(image_column, _IMAGE_COLUMNS, there, file, "image_column")  # the same of all tables
+        named = _column(id_column, _ID_COLUMNS, there, file, None if id_column is None else "id_column")
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             places.append(np.stack([np.full(rows, number), np.full(rows, group), np.arange(rows)], 1))
         if named is None:
-            ids += [f"{Path(str(file)).name}:{row}" for row in range(table.metadata.num_rows)]
+            ids += [f"{name}:{row}" for row in range(table.metadata.num_rows)]
         else:
-            ids += [str(value) for value in table.read(columns=[named]).column(named).to_pylist()]
-    assert column is not None
-    return Tables(ids, files, column, np.concatenate(places) if places else np.zeros((0, 3), np.int64))
+            ids += _ids_of(table, named, file)
+    assert image_column is not None
+    return Tables(ids, files, image_column, np.concatenate([np.zeros((0, 3), np.int64), *places]))
+
+
+def _ids_of(table: Any, column: str, file: Place) -> list[str]:
+    try:
+        return [str(value) for value in table.read(columns=[column]).column(column).to_pylist()]
+    except Exception as error:  # pyarrow's, and those of each kind of storage
+        raise StoreError(f"expected ids in '{column}' of '{file}', but they cannot be read: {error}") from error
 
 
 def _column(
@@ -357,7 +373,7 @@ def _parquet(file: Place) -> Any:
             return pq.ParquetFile(file)
         files, path = filesystem(file)
         return pq.ParquetFile(files.open(path, "rb"))
-    except StoreError:
+    except (StoreError, MissingDependencyError):
         raise
     except Exception as error:  # pyarrow's, and those of each kind of storage
         raise StoreError(f"expected a Parquet table at '{file}', but: {error}") from error
@@ -371,16 +387,16 @@ def _group_of(file: Place, group: int, column: str) -> Any:
     """Return one column of one row group."""
     table = _parquet(file)
     try:
-        return table.read_row_group(group, columns=[column]).column(column).combine_chunks()
+        return table.read_row_group(group, columns=[column]).column(column)
     except Exception as error:
         raise StoreError(f"expected row group {group} of '{file}', but it cannot be read: {error}") from error
 
 
-def _beside(file: Place, name: str) -> Place:
+def _beside(file: Place, name: Path) -> Place:
     """Return the place of a path that a table names."""
-    if Path(name).is_absolute():
-        return Path(name)
-    return file.parent / name if isinstance(file, Path) else f"{file.rpartition('/')[0]}/{name}"
+    if name.is_absolute():
+        return name
+    return file.parent / name if isinstance(file, Path) else f"{file.rpartition('/')[0]}/{name.as_posix()}"
 
 
 def _absolute(files: Sequence[Place]) -> list[Place]:

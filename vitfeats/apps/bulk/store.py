@@ -12,6 +12,7 @@ from typing import Any
 
 from vitfeats.apps.bulk.files import (
     Place,
+    UnreachableError,
     joined,
     make_folder,
     place_of,
@@ -26,7 +27,7 @@ from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, StoreError, nearest_names
 
 ABOUT, IDS, LOCK = "store.json", "ids.jsonl", ".lock"
-_KEPT = 64  # headers that are kept
+_KEPT = 8  # headers that are kept: what is asked for image by image is often beside each other
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Store:
             StoreError: If a shard is missing or damaged.
         """
         for number in range(self.shards):
-            yield from read_images(self.shard_path(number), self._header(number))
+            yield from read_images(self.shard_path(number), self._read_header(number))
 
     def rows(self, number: int, tap: str) -> Rows:
         """Return all tokens of one tap of a shard.
@@ -155,7 +156,7 @@ class Store:
         """
         if tap not in self.taps:
             raise ConfigError(f"expected a tap of the store ({', '.join(self.taps)}), got {tap!r}")
-        return read_rows(self.shard_path(number), tap, self._header(number))
+        return read_rows(self.shard_path(number), tap, self._read_header(number))
 
     def broken(self) -> dict[str, str]:
         """Return why images could not be read, by id; of the shards that are there."""
@@ -163,11 +164,15 @@ class Store:
         found: dict[str, str] = {}
         for number in range(self.shards):
             if number not in missing:
-                found |= self._header(number).broken
+                found |= self._read_header(number).broken
         return found
 
     def check(self) -> Iterator[Damage]:
-        """Read every shard, and yield those that are missing, cut off or changed, or not of this store."""
+        """Read every shard, and yield those that are missing, cut off or changed, or not of this store.
+
+        Raises:
+            StoreError: If the object storage that they lie in cannot be read now, which tells nothing of them.
+        """
         missing = set(self.missing())
         for number in range(self.shards):
             names = self.ids_of(number)
@@ -176,7 +181,11 @@ class Store:
                 yield Damage(number, why, len(names))
 
     def remove_damaged(self) -> list[Damage]:
-        """Remove shards that are damaged, so that a run on the same folder makes them again; return what was found."""
+        """Remove shards that are damaged, so that a run on the same folder makes them again; return what was found.
+
+        Raises:
+            StoreError: As :meth:`check` does; nothing was removed then. Or if one cannot be removed.
+        """
         found = list(self.check())
         for damage in found:
             remove(self.shard_path(damage.shard))
@@ -204,6 +213,8 @@ class Store:
     def _why(self, number: int) -> str | None:
         try:
             self._read_header(number)
+        except UnreachableError:
+            raise
         except StoreError as error:
             return str(error)
         return check_shard(self.shard_path(number))
