@@ -23,17 +23,13 @@ import vitfeats as vf
 from vitfeats.apps.bulk.shards import check_shard
 from vitfeats.extractors.base import Extractor
 
-_TESTS = Path(__file__).parent
+_LONGEST = 150  # seconds of a run: it hangs if it takes that
 
 
 def kill_now_and_then(**arguments: Any) -> dict[str, Any]:
     """Run this program with arguments of :func:`killed` or :func:`killed_by_ray`; return what it found."""
-    alone = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{_TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    alone["RAY_USAGE_STATS_ENABLED"] = "0"
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    alone.pop("RAY_ADDRESS", None)
     given = [sys.executable, str(Path(__file__)), json.dumps(arguments, default=str)]
     ended = subprocess.run(given, env=alone, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
@@ -112,7 +108,9 @@ def _begun(extractor: Extractor, source: str, out: Path, settings: dict[str, Any
     if child:
         return child
     os.setsid()
+    signal.alarm(_LONGEST)
     try:
+        torch.set_num_threads(1)  # before there are threads: after a fork torch makes its pool anew, and not safely
         run(extractor, source, out, **settings)
         os._exit(0)
     except BaseException as error:

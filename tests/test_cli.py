@@ -1047,12 +1047,73 @@ def test_bulk_writes_a_store_goes_on_and_checks_it(capsys, tmp_path, balls):
     assert (code, facts["images"], facts["made"]) == (1, 3, 3)
     assert list(facts["broken"]) == ["bad.png"]
     assert "bad.png" in err
-    assert run(capsys, "check-store", out)[:2] == (0, f"{out}: 2 of 2 shards whole\n")
+    assert run(capsys, "store", "check", out)[:2] == (0, f"{out}: 2 of 2 shards whole\n")
     first = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     damaged = next(out.glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    code, said, _ = run(capsys, "check-store", out, "--repair", "--json")
+    code, said, _ = run(capsys, "store", "check", out, "--repair", "--json")
     assert (code, len(json.loads(said)["damaged"])) == (1, 1)
     assert not damaged.exists()
     assert json.loads(run(capsys, *given)[1])["made"] in (1, 2)
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == first
+
+
+@pytest.fixture
+def stored(capsys, tmp_path, balls):
+    """A store of the balls: tokens and CLS, with vectors of whole images as Parquet."""
+    out = tmp_path / "store"
+    given = ("--tap", "token@11", "cls@11", "--size", 32, "--device", "cpu", "--per-shard", 2, "--pooled")
+    code, _, err = run(capsys, "bulk", balls, "--out", out, *given)
+    assert code == 0
+    assert "3 images; about 10 kB to write to" in err
+    assert len(list((out / "pooled").glob("*.parquet"))) == 2
+    return out
+
+
+def test_an_image_finds_itself_in_a_store_and_is_shown(capsys, tmp_path, balls, stored):
+    picture = tmp_path / "hits.png"
+    given = ("store", "search", stored, balls / "b.jpg", "--device", "cpu")
+    code, said, _ = run(capsys, *given, "--tap", "cls@11", "--k", 2, "--source", balls, "--out", picture)
+    lines = said.splitlines()
+    assert code == 0
+    assert lines[0].split() == ["1.0000", "b.jpg"]
+    assert (len(lines), lines[-1]) == (3, f"wrote {picture}")
+    assert Image.open(picture).width > 600
+    code, said, _ = run(capsys, *given, "--point", 24, 40, "--json")
+    (first, *others) = json.loads(said)["hits"]
+    assert (code, first["id"], len(others)) == (0, "b.jpg", 2)
+    x, y = first["point"]
+    assert abs(x - 24) < 20
+    assert abs(y - 40) < 20
+
+
+def test_an_index_of_a_store_finds_the_same(capsys, balls, stored):
+    code, said, _ = run(capsys, "store", "index", stored, "--of", "patches", "--json")
+    path = json.loads(said)["out"]
+    assert code == 0
+    given = ("store", "search", stored, balls / "a.png", "--point", 30, 30, "--device", "cpu")
+    assert run(capsys, *given)[1] == run(capsys, *given, "--index", path)[1]
+
+
+@pytest.mark.parametrize(("to", "name"), [("npy", "images.json"), ("zarr", "zarr.json"), ("parquet", "")])
+def test_a_store_is_exported(capsys, tmp_path, stored, to, name):
+    out = tmp_path / "exported"
+    code, said, _ = run(capsys, "store", "export", stored, "--out", out, "--to", to)
+    assert (code, said) == (0, f"wrote {out}\n")
+    assert (out / name).is_file()
+    code, _, err = run(capsys, "store", "export", stored, "--out", out, "--to", to)
+    assert code == 1
+    assert "expected a new path" in err
+
+
+def test_a_search_that_cannot_be_done_is_told(capsys, tmp_path, balls, stored):
+    given = ("store", "search", stored, balls / "a.png", "--device", "cpu")
+    code, _, err = run(capsys, *given, "--out", tmp_path / "hits.png")
+    assert (code, "--source and --out together" in err) == (1, True)
+    (balls / "a.png").rename(balls / "other.png")
+    code, _, err = run(capsys, "store", "search", stored, balls / "other.png", "--source", balls, "--out", "x.png")
+    assert (code, "what the store was made of, but it has no 'a.png'" in err) == (1, True)
+    code, _, err = run(capsys, *given[:3], balls / "other.png", "--model", "vgg_mini", "--device", "cpu")
+    assert code == 1
+    code, _, err = run(capsys, "store", "search", tmp_path / "none", balls / "b.jpg")
+    assert (code, "there is none" in err) == (1, True)

@@ -132,18 +132,20 @@ def test_of_an_image_only_its_own_numbers_are_fetched(mini, folder, bucket):
         assert fetched() == FIRST + expected[name] + prefixes[name] < whole / 2, "its header is known"
 
 
-def test_what_reads_all_of_a_shard_fetches_it_once(mini, folder, bucket):
+def test_what_reads_all_of_a_shard_fetches_its_header_and_then_all_of_it_once(mini, folder, bucket):
     address = f"watched://{bucket}/store"
     run(mini, folder, address, dtype="float32")
     sizes = {name: len(data) for name, data in stored_at(address).items() if name.startswith("part-")}
+    assert min(sizes.values()) > FIRST
     store = Store(address)
-    assert len(store.broken()) == 1  # their headers are known now
     fetched()
     assert len(list(store.each())) == 7
-    assert fetched() == sum(sizes.values())
+    assert fetched() == sum(sizes.values()) + len(sizes) * FIRST
     for number in range(store.shards):
         assert store.rows(number, TAPS[0]).ids
-        assert fetched() == sizes[f"part-{number:07}.safetensors"]
+        assert fetched() == sizes[f"part-{number:07}.safetensors"] + FIRST
+    assert len(store.broken()) == 1
+    assert fetched() == len(sizes) * FIRST
 
 
 @pytest.mark.usefixtures("as_a_user")
@@ -298,7 +300,6 @@ def test_a_storage_that_fails_is_not_taken_for_damage(narrow, folder, bucket):
             list(store.check())
         with failing(ConnectionError("gone"), reads=reads), pytest.raises(StoreError, match=told):
             store.remove_damaged()
-        store = Store(address)  # which knows no header yet
     assert stored_at(address) == before
 
 

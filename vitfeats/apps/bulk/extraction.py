@@ -253,4 +253,5 @@ def _check_space(folder: Place, expected: int) -> None:
 
 def _size(count: float) -> str:
     """Say how many bytes these are."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    unit, name = next(((10**power, name) for power, name in ((9, "GB"), (6, "MB")) if count >= 10**power), (1000, "kB"))
+    return f"{count / unit:.0f} {name}" if count >= 10 * unit else f"{count / unit:.1f} {name}"

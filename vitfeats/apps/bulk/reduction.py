@@ -36,7 +36,7 @@ class Reduction:
         """Fit on all tokens of a sample of images; they are read one after the other, and not kept.
 
         Raises:
-            ConfigError: If there is no image, or a tap has fewer channels than ``dims``, or no more tokens.
+            ConfigError: If there is no image, or a tap does not have more channels and tokens than ``dims``.
         """
         sums: dict[str, _Sums] = {}
         for descriptors in sample:
@@ -47,10 +47,10 @@ class Reduction:
         means, components, kept = {}, {}, {}
         for tap, found in sums.items():
             dim = len(found.total)
-            if not 1 <= dims <= dim or found.count <= dims:
+            if not 1 <= dims < min(dim, found.count):
                 raise ConfigError(
-                    f"expected pca from 1 to the {dim} channels of '{tap}', and below the {found.count} tokens of the "
-                    f"sample, got {dims}"
+                    f"expected pca of at least 1, and fewer than the {dim} channels of '{tap}' and the {found.count} "
+                    f"tokens of the sample, got {dims}"
                 )
             rows, variance, whole = principal_axes(found.covariance(), dims)
             means[tap], components[tap] = found.mean().float(), rows.float().contiguous()

@@ -52,7 +52,10 @@ class Source(ABC):
         opened = self.opened(number)
         if isinstance(opened, Image.Image) and opened.format == "EPS":  # as of a path
             raise ImageError("expected a picture, but it is a PostScript program, which may never end; pass it as PNG")
-        return load_image(opened)
+        try:
+            return load_image(opened)
+        except ImageError as error:  # named by its id: where the source lies does not get into a store
+            raise ImageError(str(error).replace(str(opened), self.ids[number])) from error
 
     @abstractmethod
     def opened(self, number: int) -> Path | Image.Image:
