@@ -55,7 +55,7 @@ def make_by_ray(
     try:
         import ray
         import ray.data
-        from ray import cloudpickle
+        from ray.cloudpickle import dumps  # type: ignore[attr-defined] - it is there, by a star
         from ray.exceptions import RayError
     except ImportError as error:
         raise MissingDependencyError(
@@ -64,8 +64,8 @@ def make_by_ray(
     with _without_attempts(store), _connected(ray), _quiet(ray):
         cards = int(ray.cluster_resources().get("GPU", 0))
         # By cloudpickle, for models and sources may be of classes that a script defines.
-        sent = ray.put(cloudpickle.dumps(extractor if extractor.device.type == "cpu" else extractor.on("cpu")))
-        rows = [{"number": part.number, "part": cloudpickle.dumps(part)} for part in parts]
+        sent = ray.put(dumps(extractor if extractor.device.type == "cpu" else extractor.on("cpu")))
+        rows = [{"number": part.number, "part": dumps(part)} for part in parts]
         found = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
             _Actor,
             batch_size=1,

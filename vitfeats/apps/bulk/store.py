@@ -293,7 +293,7 @@ def locked(folder: Path | str) -> Iterator[None]:
                 "folder"
             ) from error
         for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
+            left.unlink(missing_ok=True)
         yield
 
 
