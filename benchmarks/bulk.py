@@ -9,6 +9,7 @@ weights at 224 pixels, which takes as long as a trained one. Read is `key@11`, i
   many threads as cores, decoding takes from the model what it needs.
 - Memory: the largest resident size of a process (VmHWM) while all of them are extracted, after each tenth; the
   bar is on that at the end over that after two tenths.
+  Blocks of 64 kB and more are given back as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that it is seen.
 - Ray, with 1 and 2 actors, against the local engine: seconds beyond those in which images are read, and whether all
   shards are the same bytes.
 

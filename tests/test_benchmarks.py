@@ -43,6 +43,15 @@ def test_it_runs_on_small_numbers(name):
 
 
 @pytest.mark.slow
+def test_bulk_is_compared_with_the_model_alone():
+    command = [sys.executable, str(BENCHMARKS / "bulk.py"), "--fast", "--runs", "1", "--no-ray"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("images/s") >= 2
+    assert "memory: at the end / after two tenths" in ran.stdout
+
+
+@pytest.mark.slow
 def test_extraction_runs(module):
     rows = module("extraction").rows(runs=1, batch=1, number=1)
     assert [row.what.partition(":")[0] for row in rows] == [

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -74,15 +75,14 @@ def test_a_model_by_name_is_the_same_store(mini, folder, tmp_path):
     assert everything(tmp_path / "out") == everything(tmp_path / "named")
 
 
-def test_a_folder_a_tar_file_and_a_list_give_the_same_shards(mini, folder, tmp_path, monkeypatch):
+def test_a_folder_a_tar_file_and_a_list_give_the_same_shards(mini, folder, tmp_path):
     run(mini, folder, tmp_path / "out")
     expected = everything(tmp_path / "out")
     for number, (mode, start) in enumerate({"w": ".", "w:gz": "."}.items()):
         run(mini, tarred(folder, tmp_path / f"{number}.tar", mode, start), tmp_path / f"out{number}")
         assert everything(tmp_path / f"out{number}") == expected
-    monkeypatch.chdir(folder)
-    (tmp_path / "list.txt").write_text("\n  ".join(reversed(NAMES)) + "\n\n")
-    run(mini, tmp_path / "list.txt", tmp_path / "listed")
+    (folder / "list.txt").write_text("\ufeff" + "\n  ".join(reversed(NAMES)) + "\n\n", encoding="utf-8")
+    run(mini, folder / "list.txt", tmp_path / "listed")
     assert everything(tmp_path / "listed") == expected
 
 
@@ -139,7 +139,7 @@ def test_broken_files_are_noted_and_skipped(mini, folder, tmp_path):
 
 @pytest.mark.parametrize("name", broken_pictures())
 @pytest.mark.parametrize("packed", ["folder", "tar", "tar.gz", "list"])
-def test_every_kind_of_broken_file_is_skipped_in_every_kind_of_source(mini, tmp_path, monkeypatch, name, packed):
+def test_every_kind_of_broken_file_is_skipped_in_every_kind_of_source(mini, tmp_path, name, packed):
     paint(tmp_path / "pictures/b/c/three.png", (64, 64), 0)
     root = tmp_path / "pictures"
     for other in {*spoil(root)} - {name}:
@@ -148,8 +148,7 @@ def test_every_kind_of_broken_file_is_skipped_in_every_kind_of_source(mini, tmp_
     if packed.startswith("tar"):
         source = tarred(root, tmp_path / "pictures.tar", "w:gz" if packed == "tar.gz" else "w")
     if packed == "list":
-        monkeypatch.chdir(root)
-        source = tmp_path / "list.txt"
+        source = root / "list.txt"
         source.write_text(f"{name}\nb/c/three.png\n")
     summary = run(mini, source, tmp_path / "out", taps=["key@0"])
     assert list(summary.broken) == [name]
@@ -451,3 +450,71 @@ def test_an_error_of_what_is_given_passes_through():
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError, match="given"):
         list(making._ahead(pool, lambda number: number, given(), 4))
+
+
+def test_one_tap_may_be_given_as_text(mini, folder, tmp_path):
+    run(mini, folder, tmp_path / "out", taps="cls@11")
+    assert Store(tmp_path / "out").taps == ["cls@11"]
+
+
+def test_images_that_were_mended_are_read_when_that_is_asked_for(mini, folder, tmp_path):
+    shutil.copy(folder / "z.png", tmp_path / "kept.png")
+    (folder / "z.png").write_bytes(b"no picture")
+    assert list(run(mini, folder, tmp_path / "out").broken) == ["z.png"]
+    shutil.copy(tmp_path / "kept.png", folder / "z.png")
+    again = run(mini, folder, tmp_path / "out")
+    assert (again.made, list(again.broken)) == (0, ["z.png"])
+    mended = run(mini, folder, tmp_path / "out", retry_broken=True)
+    assert (mended.made, mended.broken, mended.images) == (1, {}, 7)
+    run(mini, folder, tmp_path / "new")
+    assert everything(tmp_path / "out") == everything(tmp_path / "new")
+
+
+def test_a_module_goes_to_several_devices(mini, folder, tmp_path):
+    run(mini.model, folder, tmp_path / "one", size=112)
+    run(mini.model, folder, tmp_path / "two", size=112, device=["cpu", "cpu"])
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+
+
+@pytest.mark.parametrize("settings", [{"size": 64}, {"stride": 8}])
+def test_an_extractor_has_its_own_size(mini, folder, tmp_path, settings):
+    with pytest.raises(ConfigError, match="expected size and stride with a model by name, got an extractor"):
+        run(mini, folder, tmp_path / "out", **settings)
+
+
+def test_a_device_that_is_not_there_is_refused_for_an_extractor_too(mini, folder, tmp_path):
+    with pytest.raises(ConfigError, match="expected a device of this machine, got 'cuda:7'"):
+        run(mini, folder, tmp_path / "out", device="cuda:7")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("taps", [["cls@11"], ["key@1", "cls@11"]])
+def test_what_is_expected_on_disk_is_what_comes(mini, tmp_path, capsys, dtype, taps):
+    for number in range(40):
+        paint(tmp_path / f"pictures/{number:03}.png", (40, 30), number)
+    summary = run(mini, tmp_path / "pictures", tmp_path / "out", taps=taps, dtype=dtype, per_shard=16, progress=True)
+    told = re.search(r"40 images; about ([0-9.]+) (kB|MB) to write to", capsys.readouterr().err)
+    assert told is not None
+    assert float(told[1]) * {"kB": 1e3, "MB": 1e6}[told[2]] == pytest.approx(summary.bytes, rel=0.06)
+
+
+def test_a_shard_has_a_largest_size(mini, folder, tmp_path):
+    with pytest.raises(ConfigError, match="expected per_shard of at most 10000, got 10001"):
+        run(mini, folder, tmp_path / "out", per_shard=10_001)
+
+
+def test_a_run_that_stops_waits_for_no_image_that_nobody_needs(mini, tmp_path, monkeypatch):
+    for number in range(40):
+        paint(tmp_path / f"pictures/{number:03}.png", (40, 30), number)
+    (tmp_path / "pictures/000.png").write_bytes(b"no picture")
+    read, image = [], sources.Files.image
+
+    def counted(self, number):
+        read.append(number)
+        time.sleep(0.01)
+        return image(self, number)
+
+    monkeypatch.setattr(sources.Files, "image", counted)
+    with pytest.raises(ImageError, match="000.png"):
+        run(mini, tmp_path / "pictures", tmp_path / "out", strict=True, workers=1, batch_size=16, per_shard=40)
+    assert len(read) < 20, "two of them before the store is begun"

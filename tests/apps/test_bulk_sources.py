@@ -1,5 +1,6 @@
 """Sources: the same images from folders, lists, tar files and tables, here or at addresses; what is broken is told."""
 
+import errno
 import io
 import json
 import os
@@ -7,7 +8,9 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,7 @@ from many import (
 )
 from torch import Tensor
 
-from vitfeats.apps.bulk import Source, open_source
+from vitfeats.apps.bulk import Source, open_source, sources
 from vitfeats.apps.bulk.store import Store
 from vitfeats.errors import ConfigError, ImageError, MissingDependencyError, StoreError
 
@@ -223,7 +226,6 @@ def test_a_tar_file_that_is_named_as_if_it_were_compressed_is_read(folder, tmp_p
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_a_list_names_paths_and_addresses(folder, tmp_path, bucket, monkeypatch, ending):
-    monkeypatch.chdir(folder)
     address = uploaded(folder, f"memory://{bucket}")
     lines = {
         "a/one.png": "a/one.png",
@@ -234,18 +236,16 @@ def test_a_list_names_paths_and_addresses(folder, tmp_path, bucket, monkeypatch,
         f"{address}/five.png": "five.png",
         "four.png": "four.png",
     }
-    listed = tmp_path / "list.LST"
+    listed = folder / "list.LST"
     listed.write_bytes(ending.join(["", *(f"  {line} " for line in lines), ""]).encode())
     found = open_source(listed)
     monkeypatch.chdir(tmp_path)
     assert_images(found, dict(sorted(lines.items())))
 
 
-def test_a_list_may_lie_at_an_address(folder, tmp_path, bucket, monkeypatch):
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "list.txt").write_text("\n".join(NAMES))
-    monkeypatch.chdir(folder)
-    listed = uploaded(tmp_path / "lists", f"memory://{bucket}") + "/list.txt"
+def test_a_list_may_lie_at_an_address_with_what_it_names(folder, bucket):
+    (folder / "list.txt").write_text("\n".join(NAMES))
+    listed = uploaded(folder, f"memory://{bucket}") + "/list.txt"
     assert_images(open_source(listed), {name: name for name in NAMES})
 
 
@@ -574,3 +574,75 @@ def test_an_address_whose_package_is_missing_is_told_with_the_line_that_installs
     for name in ("pictures", "pictures.tar", "tars/*.tar", "list.txt", "a.parquet"):
         with pytest.raises(MissingDependencyError, match=told):
             open_source(f"s3://bucket/{name}")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_is_no_image_s_fault(mini, folder, tmp_path, monkeypatch, number):
+    source, stat, out = open_source(folder), os.stat, tmp_path / "out"
+
+    def failing_stat(path, *given, **settings):
+        if str(path).endswith("six.png"):
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, *given, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitfeats.preprocess.os.stat", failing_stat)
+        with pytest.raises(StoreError, match=f"expected a disk that can be read, but: .*{os.strerror(number)}"):
+            run(mini, source, out)
+        with pytest.raises(StoreError, match="expected a folder of images at '.*pictures', but: "):
+            open_source(folder)
+    assert Store(out).broken() == {}
+    assert run(mini, folder, out).broken == {}
+
+
+def test_a_folder_that_is_gone_is_no_image_s_fault(mini, folder, tmp_path):
+    source = open_source(folder)
+    run(mini, source, tmp_path / "out")
+    Store(tmp_path / "out").shard_path(1).unlink()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="expected the folder '.*pictures' where it was, but it is gone"):
+        run(mini, source, tmp_path / "out")
+    (tmp_path / "elsewhere").rename(folder)
+    assert run(mini, source, tmp_path / "out").broken == {}
+
+
+def test_a_pattern_may_be_of_pictures(folder):
+    assert_images(open_source(folder / "*.png"), {name: name for name in NAMES if "/" not in name})
+
+
+def test_a_part_names_only_the_files_that_it_uses(folder, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for number in range(4):
+        tarred(folder, tmp_path / "tars" / f"{number}.tar")
+    whole = open_source(tmp_path / "tars")
+    part = whole.part(len(NAMES) * 2, len(NAMES) * 3)
+    assert [Path(file).name for file in part.files] == ["2.tar"]
+    assert_images(part, {f"2.tar/{name}": name for name in NAMES})
+    assert len(whole.part(0, 0)) == 0
+
+
+def test_a_row_group_is_read_once_by_several_threads(tmp_path, monkeypatch):
+    made = table(tmp_path / "t.parquet", {"image": [FILES[name] for name in NAMES]}, row_group_size=2)
+    source = open_source(made)
+    read, group_of = [], sources._group_of
+
+    def slowly(*key):
+        read.append(key[1])
+        time.sleep(0.05)
+        return group_of(*key)
+
+    monkeypatch.setattr(sources, "_group_of", slowly)
+    with ThreadPoolExecutor(7) as pool:
+        list(pool.map(source.image, range(2)))
+    assert read == [0]
+    monkeypatch.setattr(sources._groups, "most", 4)
+    with ThreadPoolExecutor(7) as pool:
+        for _ in range(3):
+            list(pool.map(source.image, range(7)))
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_an_id_that_repeats_is_named(tmp_path):
+    made = table(tmp_path / "t.parquet", {"id": ["a", "b", "a"], "image": [FILES["z.png"]] * 3})
+    with pytest.raises(ConfigError, match="got some twice, 'a' among them; name another column with id_column="):
+        open_source(made)

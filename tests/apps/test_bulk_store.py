@@ -1,7 +1,9 @@
 """Stores: what they hold and lack, what they refuse, the damage that they find, and one run at a time."""
 
+import errno
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import torch
 from synthetic import random_descriptor
 
 from vitfeats.apps.bulk.shards import write_shard
-from vitfeats.apps.bulk.store import Store, create_store, digest_of, locked
+from vitfeats.apps.bulk.store import Store, create_store, locked
 from vitfeats.descriptor import Descriptors
 from vitfeats.errors import ConfigError, StoreError
 
@@ -150,7 +152,7 @@ def test_another_store_in_the_folder_is_refused_by_what_differs(store):
             create_store(store.path, ids, settings, per_shard)
 
     refused("these differ: per_shard: 3 there, 4 here. Use another folder", per_shard=4)
-    refused(f"these differ: ids: '{digest_of(IDS)}' there, '{digest_of(IDS[:-1])}' here. Use", ids=IDS[:-1])
+    refused(r"these differ: ids: 8 there, 7 here; 1 are gone \('7.png'\). Use", ids=IDS[:-1])
     refused("these differ: ids: ", ids=IDS[::-1])
     refused("these differ: model: 'synthetic' there, 'other' here. Use", settings={**SETTINGS, "model": "other"})
     taps = {**SETTINGS, "taps": ["key@1", "token@2"]}
@@ -424,3 +426,127 @@ def test_a_store_that_was_begun_without_a_description_is_made_anew(tmp_path):
     create_store(tmp_path, ["old"], SETTINGS, 3)
     os.unlink(tmp_path / "store.json")  # what a kill between the two files leaves
     assert create_store(tmp_path, IDS, SETTINGS, 3).ids == IDS
+
+
+def failing_at(number: int, *endings: str):
+    """Return what stands for safe_open, on a disk that fails for files that end so."""
+    import safetensors
+
+    whole = safetensors.safe_open
+
+    def opened(path: str, **settings):
+        if path.endswith(endings):
+            raise OSError(number, os.strerror(number), path)
+        return whole(path, **settings)
+
+    return opened
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(store, monkeypatch):
+    before = shards_of(store)
+    flip(store.shard_path(0), -1)
+    for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES):
+        monkeypatch.setattr("safetensors.safe_open", failing_at(number, "1.safetensors"))
+        with pytest.raises(StoreError, match=f"expected to read '.*0000001.safetensors', but: .*{os.strerror(number)}"):
+            store.remove_damaged()
+        monkeypatch.undo()
+        assert shards_of(store).keys() == before.keys()
+    assert [damage.shard for damage in store.remove_damaged()] == [0]
+
+
+def shards_of(store: Store) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.glob("part-*")}
+
+
+def test_nothing_is_removed_beside_a_run(store):
+    flip(store.shard_path(1), -1)
+    with locked(store.path), pytest.raises(StoreError, match="another run is at work there"):
+        store.remove_damaged()
+    assert store.missing() == []
+
+
+def test_a_shard_that_was_missing_and_is_there_by_now_stays(store, monkeypatch):
+    content = store.shard_path(1).read_bytes()
+    store.shard_path(1).unlink()
+    check = Store.check
+
+    def beside(self):
+        yield from check(self)
+        store.shard_path(1).write_bytes(content)  # made by a machine that knows no lock
+
+    monkeypatch.setattr(Store, "check", beside)
+    assert [(damage.shard, damage.why) for damage in store.remove_damaged()] == [(1, "it is missing")]
+    assert store.missing() == []
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_file_that_vanishes_while_a_folder_is_listed_hides_no_other(store, monkeypatch):
+    class Gone:
+        name = ".1.tmp"
+
+        def is_file(self) -> bool:
+            raise FileNotFoundError
+
+    scandir = os.scandir
+
+    class Listing:
+        def __init__(self, folder) -> None:
+            self._found = scandir(folder)
+
+        def __enter__(self):
+            return iter([Gone(), *self._found])
+
+        def __exit__(self, *error) -> None:
+            self._found.close()
+
+    monkeypatch.setattr("vitfeats.apps.bulk.files.os.scandir", Listing)
+    assert store.missing() == []
+
+
+def test_a_file_system_without_locks_is_told_as_that(tmp_path, monkeypatch):
+    def unknown(file, operation) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("vitfeats.apps.bulk.store.fcntl.flock", unknown)
+    told = r"expected a file system that can lock '.*\.lock', but: .*Function not implemented"
+    with pytest.raises(StoreError, match=told), locked(tmp_path):
+        pass
+
+
+def test_folders_that_look_like_something_temporary_stay(store):
+    (store.path / ".odd.tmp").mkdir()
+    (store.path / "pooled").mkdir()
+    (store.path / "pooled" / ".half.tmp").write_text("half")
+    with locked(store.path):
+        assert not (store.path / "pooled" / ".half.tmp").exists()
+    assert (store.path / ".odd.tmp").is_dir()
+
+
+def test_a_store_goes_to_other_processes(store):
+    store["0.png"]  # its header is known by now
+    there = pickle.loads(pickle.dumps(store))
+    assert there.ids == IDS
+    assert torch.equal(there["0.png"]["key@1"].features, of_image("0.png")["key@1"].features)
+
+
+def test_other_ids_are_told_by_name(store):
+    for ids, told in (
+        ([*IDS, "new.png"], r"ids: 8 there, 9 here; 1 are new \('new.png'\)\. Use another folder"),
+        (IDS[:6], r"ids: 8 there, 6 here; 2 are gone \('6.png'\)"),
+        (IDS[::-1], "ids: 8 there, 8 here; their order differs"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            create_store(store.path, ids, SETTINGS, 3)
+
+
+def test_broken_images_of_some_shards(store):
+    assert store.broken([0, 2]) == {}
+    assert store.broken([1]) == store.broken() == {BROKEN: "it is cut off"}
+
+
+def test_shards_of_some_images_are_removed(store):
+    store.remove_shards_of(["0.png", "7.png", "1.png"])
+    assert store.missing() == [0, 2]
+    with pytest.raises(KeyError, match="expected images of the store"):
+        store.remove_shards_of(["3.png", "none.png"])
+    assert store.missing() == [0, 2]

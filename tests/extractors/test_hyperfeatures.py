@@ -319,3 +319,12 @@ def test_taps_that_do_not_exist(sd):
     ):
         with pytest.raises(kind, match=told):
             extractor(picture(), tap)
+
+
+def test_a_copy_on_another_device_is_there_in_all_its_parts(sd):
+    here = HyperfeatureExtractor.of(load(sd, **CHAIN), _net())
+    there = here.on("meta")
+    assert {there.device, there.inner.device} == {torch.device("meta")}
+    assert {value.device for value in there.model.parameters()} == {torch.device("meta")}
+    assert {here.device, here.inner.device} == {torch.device("cpu")}
+    assert {value.device for value in here.model.parameters()} == {torch.device("cpu")}

@@ -38,6 +38,7 @@ class Bulk:
         image_column: Of Parquet tables: where the images are. Default: the first of a usual name.
         id_column: Of Parquet tables: what each image is called. Default: id, key or __key__, else table and row.
         strict: Stop at an image that cannot be read.
+        retry_broken: Make shards again in which images are noted as broken.
         json: Print one JSON object instead of text.
         options: Model, size, stride, device (all is every graphics card).
     """
@@ -56,6 +57,7 @@ class Bulk:
     image_column: str | None = None
     id_column: str | None = None
     strict: bool = False
+    retry_broken: bool = False
     json: bool = False
     options: OmitArgPrefixes[ExtractorConfig] = field(default_factory=ExtractorConfig)
 
@@ -82,6 +84,7 @@ def bulk(command: Bulk) -> int:
         workers=command.workers,
         actors=command.actors,
         strict=command.strict,
+        retry_broken=command.retry_broken,
         progress=not command.json,
     )
     facts = dataclasses.asdict(found) | {"path": str(found.path), "rate": found.rate}

@@ -190,7 +190,8 @@ class Extractor(ABC):
         """Return an extractor of a copy of the network on another device, of the same precision."""
         other = copy.deepcopy(self)
         other.model.to(device)
-        other.device = torch.device(device)
+        for one in (other, *(value for value in vars(other).values() if isinstance(value, Extractor))):
+            one.device = torch.device(device)
         return other
 
     def __repr__(self) -> str:

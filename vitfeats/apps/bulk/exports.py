@@ -32,7 +32,7 @@ _GROUP = 2**26  # bytes of a row group of a Parquet file, before it is compresse
 
 
 def export_npy(
-    store: Store, folder: Path | str, *, taps: Sequence[str] | None = None, dtype: ExportType = "float16"
+    store: Store, folder: Path | str, *, taps: str | Sequence[str] | None = None, dtype: ExportType = "float16"
 ) -> Path:
     """Write a store as NumPy files, which ``numpy.load(path, mmap_mode="r")`` opens unread; return their folder.
 
@@ -83,7 +83,7 @@ def export_npy(
 
 
 def export_zarr(
-    store: Store, path: Path | str, *, taps: Sequence[str] | None = None, dtype: ExportType = "float16"
+    store: Store, path: Path | str, *, taps: str | Sequence[str] | None = None, dtype: ExportType = "float16"
 ) -> Path:
     r"""Write a store as a group of Zarr version 3, which ``zarr.open(path)`` opens; return its path.
 
@@ -120,7 +120,7 @@ def export_zarr(
 
 
 def export_parquet(
-    store: Store, path: Path | str, *, taps: Sequence[str] | None = None, pool: Literal["mean"] | None = "mean"
+    store: Store, path: Path | str, *, taps: str | Sequence[str] | None = None, pool: Literal["mean"] | None = "mean"
 ) -> Path:
     r"""Write a store as one Parquet file with a row for each image that could be read, in order; return its path.
 
@@ -190,11 +190,12 @@ def pooled_table(images: Sequence[tuple[str, Descriptors]]) -> bytes:
     return content.getvalue()
 
 
-def _checked(store: Store, target: Path, taps: Sequence[str] | None, dtype: str = "float32") -> list[str]:
+def _checked(store: Store, target: Path, taps: str | Sequence[str] | None, dtype: str = "float32") -> list[str]:
     """Return the taps to export; refuse what cannot be done before anything is written."""
     if dtype not in _TYPES:
         raise ConfigError(f"expected dtype {' or '.join(map(repr, _TYPES))}, got {dtype!r}")
-    chosen = list(dict.fromkeys(map(str, store.taps if taps is None else taps)))
+    asked = store.taps if taps is None else [taps] if isinstance(taps, str) else taps
+    chosen = list(dict.fromkeys(map(str, asked)))
     unknown = [tap for tap in chosen if tap not in store.taps]
     if unknown or not chosen:
         got = f"{unknown[0]!r}. {nearest_names(unknown[0], store.taps)}" if unknown else "none"

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitfeats.api import load_extractor
+from vitfeats.api import device_of, load_extractor
 from vitfeats.apps.bulk.files import Place, place_of, sizes_in
 from vitfeats.apps.bulk.local import make_here
-from vitfeats.apps.bulk.making import POOLED, Made, Part, settings_of
+from vitfeats.apps.bulk.making import POOLED, Made, Part, held_descriptors, settings_of
 from vitfeats.apps.bulk.ray import make_by_ray
 from vitfeats.apps.bulk.reduction import Reduction
-from vitfeats.apps.bulk.shards import STORE_TYPES, StoreType
+from vitfeats.apps.bulk.shards import STORE_TYPES, StoreType, shard_bytes
 from vitfeats.apps.bulk.sources import Source, open_source
 from vitfeats.apps.bulk.store import ABOUT, Store, create_store, locked
 from vitfeats.errors import ConfigError, ImageError, MissingDependencyError, ShapeError, StoreError
@@ -32,6 +32,7 @@ from vitfeats.taps import Tap
 Engine = Literal["local", "ray"]
 
 _SPARE = 1.05  # of the disk, beyond what the first images let expect
+MOST_IN_SHARD = 10_000  # images; the header of a safetensors file cannot be of any size
 _SAMPLE = 1000  # images that principal components are fitted on
 
 
@@ -66,7 +67,7 @@ def extract(
     out: Path | str,
     *,
     model: Any = None,
-    taps: Sequence[str] | None = None,
+    taps: str | Sequence[str] | None = None,
     size: int | tuple[int, int] | None = None,
     stride: int | None = None,
     dtype: StoreType = "float16",
@@ -79,6 +80,7 @@ def extract(
     workers: int | None = None,
     actors: int | None = None,
     strict: bool = False,
+    retry_broken: bool = False,
     progress: bool = False,
 ) -> Summary:
     """Write the descriptors of many images into a store; go on where an earlier run ended.
@@ -103,15 +105,18 @@ def extract(
         per_shard: Images in a file.
         batch_size: Most images in one forward pass.
         engine: "local" is this process; "ray" is a cluster, or several processes here.
-        device: Where a model by name goes; several, or "all" graphics cards, share the work. For "local".
-        workers: Threads that decode; None is one for each core, with "ray" two for each actor.
+        device: Where the model goes; several, or "all" graphics cards, share the work, each with a copy of it. "auto"
+            leaves a module or an extractor where it is. For "local".
+        workers: Threads that decode and resize; None is one for each core, up to 16, with "ray" two for each actor.
         actors: For "ray": how many; None is one for each graphics card, or one where there is none.
         strict: Stop at an image that cannot be read, rather than note and skip it.
+        retry_broken: Make shards again in which images are noted as broken.
         progress: Show on standard error what is to be done, how far it is, its rate and the time left.
 
     Raises:
         ImageError: If an image cannot be read, and ``strict``.
-        ConfigError: If there is no image, or the store is of other images or settings.
+        ConfigError: If there is no image, or the store is of other ids or settings.
+        ShapeError: If a batch does not fit in memory; the same call with a smaller ``batch_size`` goes on.
         StoreError: If the source cannot be read, the disk cannot hold the store, another run is at work in the folder,
             or something cannot be written. Whole shards stay.
         MissingDependencyError: If Ray, or pyarrow for ``pooled``, is not installed.
@@ -123,24 +128,24 @@ def extract(
     devices = _devices(device)
     if engine == "ray" and len(devices) > 1:
         raise ConfigError("expected one device with engine='ray', whose actors have one each, got several; try actors=")
-    extractor = model
-    if not isinstance(extractor, Extractor):
-        extractor = load_extractor(model, size=size, stride=stride, device=devices[0])
-    wished = (extractor.card.default_tap,) if taps is None else taps
+    extractor = _extractor(model, size, stride, devices[0])
+    wished = (extractor.card.default_tap,) if taps is None else (taps,) if isinstance(taps, str) else taps
     asked = list(dict.fromkeys(str(extractor.resolve(Tap.parse(text))) for text in wished))
     if not asked:
         raise ConfigError("expected at least one tap, got none; for example 'key@11'")
     folder = place_of(out)
-    made = 0
+    made, new = 0, dict[str, str]()
     with locked(folder):
         settings = settings_of(extractor, asked, dtype) | ({POOLED: True} if pooled else {})
         reduction = None if pca is None else _reduction(folder, images, extractor, asked, pca, batch_size)
         if reduction is not None:
             settings["pca"] = reduction.facts()
         store = create_store(folder, images.ids, settings, per_shard, reduction=reduction)
+        if retry_broken:
+            store.remove_shards_of(store.broken())
         todo = store.missing()
         count = sum(len(store.ids_of(number)) for number in todo)
-        expected = count * _bytes_of_one(store, images, todo, extractor)
+        expected = _expected_bytes(store, images, todo, extractor)
         _check_space(folder, expected)
         if progress:
             done = f", {len(images) - count} of them done" if count < len(images) else ""
@@ -154,15 +159,16 @@ def extract(
                 running = make_by_ray(extractor, store, list(parts), threads=workers or 2, actors=actors, **shared)
             else:
                 extractors = [extractor, *(extractor.on(other) for other in devices[1:])]
-                running = make_here(extractors, store, parts, threads=workers or os.cpu_count() or 1, **shared)
+                running = make_here(extractors, store, parts, threads=workers or _cores(), **shared)
             with closing(running):
                 for one in running:
                     made += one.images
+                    new |= one.broken
         if missing := store.missing():
             raise StoreError(
                 f"expected all shards of '{folder}', but {len(missing)} were removed while others were made"
             )
-        broken = store.broken()
+        broken = store.broken([number for number in range(store.shards) if number not in set(todo)]) | new
         sizes = sum(size for name, size in sizes_in(folder).items() if name.startswith("part-"))
     return Summary(folder, len(store) - len(broken), made, broken, time.perf_counter() - start, sizes)
 
@@ -174,6 +180,8 @@ def _check_settings(
         raise ConfigError(f"expected dtype {', '.join(map(repr, STORE_TYPES))}, got {dtype!r}")
     if engine not in get_args(Engine):
         raise ConfigError(f"expected engine {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
+    if counts[1] is not None and counts[1] > MOST_IN_SHARD:
+        raise ConfigError(f"expected per_shard of at most {MOST_IN_SHARD}, got {counts[1]}")
     if any(count is not None and count < 1 for count in counts):
         told = ", ".join(str(count) for count in counts[:2]) + f" and {counts[2]}"
         if actors is not None and actors < 1:
@@ -199,14 +207,41 @@ def _devices(device: str | torch.device | Sequence[str | torch.device]) -> list[
     return found
 
 
+def _extractor(
+    model: Any, size: int | tuple[int, int] | None, stride: int | None, device: str | torch.device
+) -> Extractor:
+    """Return an extractor of what was given, on the first device."""
+    if isinstance(model, Extractor):
+        if size is not None or stride is not None:
+            raise ConfigError(
+                "expected size and stride with a model by name, got an extractor, which has its own; "
+                "call extractor.resized"
+            )
+        extractor = model
+    else:
+        where = "auto" if isinstance(model, torch.nn.Module) else device
+        extractor = load_extractor(model, size=size, stride=stride, device=where)
+    wanted = None if device == "auto" else device_of(device)
+    return extractor if wanted is None or extractor.device == wanted else extractor.on(wanted)
+
+
+def _cores() -> int:
+    """Return how many threads decode: beyond 16 the model is what they wait for."""
+    return min(os.cpu_count() or 1, 16)
+
+
 def _reduction(
     folder: Place, images: Source, extractor: Extractor, taps: Sequence[str], dims: int, batch_size: int
 ) -> Reduction:
     """Return the reduction that the store has, or fit one on images spread evenly over the source."""
     if ABOUT in sizes_in(folder):
         there = Store(folder).reduction
-        if there is not None and there.facts()["dims"] == dims:
-            return there
+        if there is None or there.dims != dims:
+            known = "without" if there is None else f"with pca={there.dims}"
+            raise ConfigError(
+                f"expected pca as the store in '{folder}' has it, {known}, got {dims}. Use another folder"
+            )
+        return there
     numbers = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().astype(int))
     readable = (image for number in numbers if (image := _readable(images, int(number), extractor)) is not None)
     return Reduction.fit(extractor.each(readable, list(taps), batch_size=batch_size), dims)
@@ -220,26 +255,22 @@ def _readable(images: Source, number: int, extractor: Extractor) -> Prepared | N
         return None
 
 
-def _bytes_of_one(store: Store, images: Source, todo: Sequence[int], extractor: Extractor) -> int:
-    """Return what the first image that can be read takes on disk."""
-    numbers = (
-        n for shard in todo for n in range(shard * store.per_shard, min(len(store), (shard + 1) * store.per_shard))
-    )
-    first = next((one for n in numbers if (one := _readable(images, n, extractor)) is not None), None)
+def _expected_bytes(store: Store, images: Source, todo: Sequence[int], extractor: Extractor) -> float:
+    """Return what is to be written, by what the first image that can be read takes: numbers, facts and tables."""
+    step = store.per_shard
+    numbers = (n for shard in todo for n in range(shard * step, min(len(store), (shard + 1) * step)))
+    first = next(((n, one) for n in numbers if (one := _readable(images, n, extractor)) is not None), None)
     if first is None:
-        return 0
-    (found,) = extractor.each([first], store.taps)
-    item = STORE_TYPES[store.settings["dtype"]].itemsize
-    total = 0
-    for d in map(store.reduce, found.values()):
-        for value in (d.features, d.cls, d.registers):
-            if value is not None:
-                scales = value.numel() // value.shape[-1] * 4 if store.settings["dtype"] == "int8" else 0
-                total += value.numel() * item + scales
-    return total
+        return 0.0
+    (found,) = extractor.each([first[1]], store.taps)
+    name, held = store.ids[first[0]], held_descriptors(found, store)
+    some = [[(f"{name}{place}", held) for place in range(count)] for count in (1, 2)]
+    alone, both = (len(shard_bytes(one, settings=store.settings, dtype=store.settings["dtype"])) for one in some)
+    each = both - alone + (sum(4 * d.dim + 8 for d in held.values()) if store.settings.get(POOLED) else 0)
+    return float(each * sum(len(store.ids_of(number)) for number in todo) + (alone + alone - both) * len(todo))
 
 
-def _check_space(folder: Place, expected: int) -> None:
+def _check_space(folder: Place, expected: float) -> None:
     """Refuse a run that the disk could not hold; object storage holds what it is given."""
     if isinstance(folder, str):
         return

@@ -1,6 +1,8 @@
 """Files of a folder, or of object storage, by the same few functions. Object storage goes through fsspec."""
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -17,6 +19,7 @@ Place = Path | str
 """A path; or, as text, an address that fsspec knows: ``s3://bucket/store``."""
 
 _FIRST = 1 << 16  # bytes of a remote file that are asked for first; the header of most shards is within
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # the last: an empty one
 _MOST = 1 << 30  # bytes of a header: beyond, the file is not what it should be
 _TYPES = {
     "F64": torch.float64,
@@ -71,7 +74,9 @@ def sizes_in(folder: Place) -> dict[str, int]:
     """
     try:
         if isinstance(folder, Path):
-            return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+            with os.scandir(folder) as entries:
+                sizes = ((entry.name, _size_of(entry)) for entry in entries)
+                return {name: size for name, size in sizes if size is not None}
         files, root = filesystem(folder)
         files.invalidate_cache()
         found = files.ls(root, detail=True)
@@ -82,6 +87,23 @@ def sizes_in(folder: Place) -> dict[str, int]:
         raise
     except Exception as error:  # each kind of storage has its own
         raise StoreError(f"expected to read '{folder}', but: {error}") from error
+
+
+def exists(place: Place) -> bool:
+    """Tell whether there is a file.
+
+    Raises:
+        StoreError: If that cannot be told.
+    """
+    try:
+        if isinstance(place, Path):
+            return place.exists()
+        files, path = filesystem(place)
+        return files.exists(path)
+    except (StoreError, MissingDependencyError):
+        raise
+    except Exception as error:  # each kind of storage has its own
+        raise UnreachableError(f"expected to read '{place}', but: {error}") from error
 
 
 def read_bytes(place: Place, start: int | None = None, end: int | None = None) -> bytes:
@@ -171,6 +193,7 @@ def opened_tensors(place: Place, *, whole: bool = False) -> Iterator[Any]:
         whole: All of it will be asked for: a remote file is then fetched at once, not tensor by tensor.
 
     Raises:
+        UnreachableError: If it cannot be read now, whatever is in it.
         StoreError: If it cannot be read as one, now or while it is open.
     """
     from safetensors import SafetensorError, safe_open
@@ -185,7 +208,17 @@ def opened_tensors(place: Place, *, whole: bool = False) -> Iterator[Any]:
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         if isinstance(error, StoreError):
             raise
+        if isinstance(error, OSError) and error.errno not in (None, *_NO_FILE):
+            raise UnreachableError(f"expected to read '{place}', but: {error}") from error
         raise StoreError(f"expected a whole shard at '{place}', but it cannot be read: {error}") from error
+
+
+def _size_of(entry: "os.DirEntry[str]") -> int | None:
+    """Return the size of a file; None of what is none, or is gone by now, as a file that was being written."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except FileNotFoundError:
+        return None
 
 
 class _Tensors:

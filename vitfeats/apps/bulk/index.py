@@ -157,12 +157,17 @@ def open_index(store: Store, path: Path | str) -> Index:
     try:
         index = faiss.read_index(str(folder / _INDEX))
         with np.load(folder / _PLACES) as places:
-            found = Index(str(store.path), about["tap"], about["of"], index, **places)
+            found = Index(place_told(store), about["tap"], about["of"], index, **places)
     except (OSError, RuntimeError, TypeError, ValueError, BadZipFile) as error:  # faiss has RuntimeError for all
         raise StoreError(f"expected a whole index at '{folder}', but it cannot be read: {error}") from error
     if not about["rows"] == index.ntotal == found.offsets[-1]:
         raise StoreError(f"expected an index of {about['rows']} rows at '{folder}', got {index.ntotal}; build it again")
     return found
+
+
+def place_told(store: Store) -> str:
+    """Return where a store is, the same text however its path was given."""
+    return str(store.path.resolve() if isinstance(store.path, Path) else store.path)
 
 
 def check_whole(store: Store) -> None:

@@ -7,6 +7,7 @@ from threading import Event, Lock
 from typing import Any
 
 from vitfeats.apps.bulk.making import Made, Part, ShardMaker
+from vitfeats.apps.bulk.sources import keep_groups
 from vitfeats.apps.bulk.store import Store
 from vitfeats.extractors.base import Extractor
 
@@ -43,7 +44,8 @@ def make_here(
     if len(makers) == 1:
         yield from makers[0].each(parts)
         return
-    made: Queue[Made | None] = Queue(maxsize=len(makers))
+    keep_groups(2 * len(makers))
+    made: Queue[Made | None] = Queue()  # facts only, and nobody ever waits to put one: who is interrupted hangs nobody
     shared = _Shared(parts)
 
     def work(maker: ShardMaker) -> None:
@@ -65,8 +67,6 @@ def make_here(
                     yield one
         finally:
             shared.stopped.set()
-            while ended < len(makers):  # whoever waits to say something is not kept waiting
-                ended += made.get() is None
         for future in futures:
             future.result()
 

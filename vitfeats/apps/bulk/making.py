@@ -2,8 +2,9 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, is_dataclass
 from hashlib import blake2b
 from importlib.metadata import version
@@ -92,17 +93,19 @@ class ShardMaker:
 
         Raises:
             ImageError: If an image cannot be read, and ``strict``.
-            StoreError: If a shard cannot be written, or the source cannot be read.
+            ShapeError: If a batch does not fit in memory.
+        StoreError: If a shard cannot be written, or the source cannot be read.
         """
         with ThreadPoolExecutor(self._threads) as readers, ThreadPoolExecutor(1) as writer:
             begun: deque[Part] = deque()
-            ready = _ahead(readers, self._prepared, _images_of(parts, begun), 2 * max(self._threads, self._batch_size))
+            most = 2 * max(self._threads, self._batch_size)
             writing: deque[Future[Made]] = deque()
-            while (first := next(ready, None)) is not None:
-                part = begun.popleft()
-                writing.append(writer.submit(self._written, part, *self._read(part, chain([first], ready))))
-                while writing and (len(writing) > 1 or writing[0].done()):
-                    yield writing.popleft().result()
+            with closing(_ahead(readers, self._prepared, _images_of(parts, begun), most)) as ready:
+                while (first := next(ready, None)) is not None:
+                    part = begun.popleft()
+                    writing.append(writer.submit(self._written, part, *self._read(part, chain([first], ready))))
+                    while writing and (len(writing) > 1 or writing[0].done()):
+                        yield writing.popleft().result()
             while writing:
                 yield writing.popleft().result()
 
@@ -136,7 +139,7 @@ class ShardMaker:
 
         found: list[Descriptors] = []
         for one in self._extractor.each(readable(), self._store.taps, batch_size=self._batch_size):
-            found.append(_held(one, self._store))
+            found.append(held_descriptors(one, self._store))
             self._tick(1)
         return list(zip(whole, found, strict=True)), broken
 
@@ -208,14 +211,15 @@ def store_extractor(store: Store, *, model: Any = None, device: str | torch.devi
     here = json.loads(json.dumps(settings_of(extractor, store.taps, known["dtype"])))
     told = [name for name in here if here[name] != known.get(name) and name not in ("model", "vitfeats", "torch")]
     if told:
+        hint = "; pass model=" if "weights" in told else ", which no name can set"
         raise ConfigError(
             f"expected the model that '{store.path}' was made with ({known['model']}), but '{named}' differs in: "
-            f"{', '.join(told)}; pass model="
+            f"{', '.join(told)}{hint}"
         )
     return extractor
 
 
-def _held(found: Descriptors, store: Store) -> Descriptors:
+def held_descriptors(found: Descriptors, store: Store) -> Descriptors:
     """Return descriptors as the store has them, on the CPU: a graphics card is not where they wait to be written."""
     items = [(str(tap), store.reduce(d).to("cpu")) for tap, d in found.items()]
     return Descriptors(items)
@@ -235,7 +239,7 @@ def _images_of(parts: Iterable[Part], begun: deque[Part]) -> Iterator[tuple[Sour
 
 def _ahead(
     pool: ThreadPoolExecutor, work: Callable[..., Any], given: Iterable[tuple[Any, ...]], most: int
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Yield what work makes of each, in order, with at most so many under way or waiting."""
     under_way: deque[Future[Any]] = deque()
     try:

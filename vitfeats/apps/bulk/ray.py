@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vitfeats.apps.bulk.files import Place, joined, remove, sizes_in, write_bytes
+from vitfeats.apps.bulk.files import Place, exists, joined, remove, sizes_in, write_bytes
 from vitfeats.apps.bulk.making import Made, Part, ShardMaker, settings_of
 from vitfeats.apps.bulk.store import Store
 from vitfeats.errors import ConfigError, MissingDependencyError, StoreError, VitFeatsError
@@ -142,15 +142,16 @@ def _note_attempt(store: Store, part: Part) -> Place:
     Raises:
         StoreError: If so many were left behind that another attempt would only be the next.
     """
-    start = f".attempt-{part.number:07}-"
-    before = [name for name in sizes_in(store.path) if name.startswith(start)]
-    if len(before) >= _ATTEMPTS:
+    names = (
+        f".attempt-{part.number:07}-{attempt}.tmp" for attempt in range(_ATTEMPTS)
+    )  # the next run clears them away
+    place = next((place for name in names if not exists(place := joined(store.path, name))), None)
+    if place is None:
         raise StoreError(
-            f"expected to make shard {part.number} of '{store.path}', but {len(before)} actors died of it; one of its "
+            f"expected to make shard {part.number} of '{store.path}', but {_ATTEMPTS} actors died of it; one of its "
             f"images ('{part.images.ids[0]}' to '{part.images.ids[-1]}') kills them, or they need more memory than "
             "there is: try a smaller batch_size, or fewer actors"
         )
-    place = joined(store.path, f"{start}{len(before)}.tmp")  # a name that the next run clears away
     write_bytes(place, str(os.getpid()).encode())
     return place
 

@@ -41,7 +41,7 @@ class Reduction:
         sums: dict[str, _Sums] = {}
         for descriptors in sample:
             for tap, d in descriptors.items():
-                sums.setdefault(str(tap), _Sums(d.dim)).add(d.features.flatten(0, 1).double().cpu())
+                sums.setdefault(str(tap), _Sums(d.dim)).add(d.features.flatten(0, 1).cpu().double())
         if not sums:
             raise ConfigError("expected images to fit principal components on, got none that can be read")
         means, components, kept = {}, {}, {}

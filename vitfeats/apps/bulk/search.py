@@ -9,7 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitfeats.apps.bulk.index import Index, Of, build_index, check_whole, open_index, rows_of_block, vectors_of
+from vitfeats.apps.bulk.index import (
+    Index,
+    Of,
+    build_index,
+    check_whole,
+    open_index,
+    place_told,
+    rows_of_block,
+    vectors_of,
+)
 from vitfeats.apps.bulk.shards import Rows
 from vitfeats.apps.bulk.store import Store
 from vitfeats.descriptor import Descriptor, Points
@@ -169,7 +178,7 @@ def _search(
         check_whole(store)
         return _exact(store, asked, of, store.taps[0] if tap is None else tap, k, per_image, chunk)
     opened = index if isinstance(index, Index) else open_index(store, index)
-    if opened.store != str(store.path) or opened.of != of or tap not in (None, opened.tap):
+    if opened.store != place_told(store) or opened.of != of or tap not in (None, opened.tap):
         wanted = f"{of}, {opened.tap if tap is None else tap} of '{store.path}'"
         raise ConfigError(f"expected an index of {wanted}, got {opened}; build_index makes one")
     return _indexed(store, asked, opened, k, per_image, probes)

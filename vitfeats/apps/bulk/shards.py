@@ -85,9 +85,21 @@ def write_shard(
         broken: Why other images could not be read, by id.
 
     Raises:
-        StoreError: If the file cannot be written; nothing is left behind then.
+        StoreError: If the file cannot be written, or is more than one can hold; nothing is left behind then.
         ConfigError: If there is no such type.
     """
+    write_bytes(path, shard_bytes(images, settings=settings, dtype=dtype, broken=broken))
+
+
+def shard_bytes(
+    images: Sequence[tuple[str, Descriptors]],
+    *,
+    settings: Mapping[str, Any],
+    dtype: StoreType = "float16",
+    broken: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return what :func:`write_shard` writes; arguments and errors are its own."""
+    from safetensors import SafetensorError
     from safetensors.torch import save
 
     if dtype not in STORE_TYPES:
@@ -110,7 +122,12 @@ def write_shard(
     facts = {"settings": dict(sorted(settings.items())), "images": listed, "broken": dict(broken or {})}
     text = json.dumps(facts)
     # In one entry, for safetensors writes several in an order that differs from run to run.
-    write_bytes(path, save(tensors, metadata={FORMAT: _digest_text(text) + text}))
+    try:
+        return save(tensors, metadata={FORMAT: _digest_text(text) + text})
+    except SafetensorError as error:
+        raise StoreError(
+            f"expected a shard that safetensors can hold, but: {error}; take a smaller per_shard"
+        ) from error
 
 
 def read_header(path: Place) -> Header:
@@ -257,7 +274,7 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.view(torch.uint8).numpy() if value.numel() else b"")
+        found.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
     return found.hexdigest()
 
 

@@ -1,11 +1,14 @@
 """Where many images come from: folders, lists of paths, tar files, Parquet tables; on disk or in object storage."""
 
+import errno
 import io
 import tarfile
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from fnmatch import fnmatch
-from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,6 +28,7 @@ _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _TABLES = (".parquet", ".pq")
 _LISTS = (".txt", ".lst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "path", "file", "file_name", "url")
+_OWN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 _ID_COLUMNS = ("id", "key", "__key__")
 
 
@@ -54,7 +58,9 @@ class Source(ABC):
             raise ImageError("expected a picture, but it is a PostScript program, which may never end; pass it as PNG")
         try:
             return load_image(opened)
-        except ImageError as error:  # named by its id: where the source lies does not get into a store
+        except ImageError as error:
+            self._check_reachable(error)
+            # Named by its id: where the source lies does not get into a store.
             raise ImageError(str(error).replace(str(opened), self.ids[number])) from error
 
     @abstractmethod
@@ -64,6 +70,15 @@ class Source(ABC):
     @abstractmethod
     def part(self, start: int, stop: int) -> "Source":
         """Return the images from one number to another, as a source of its own."""
+
+    def _check_reachable(self, error: ImageError) -> None:
+        """Raise StoreError where a disk failed, which no image is broken for.
+
+        What is not there, or must not be read, is the image's own; decoders' errors have no number.
+        """
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno not in (None, *_OWN):
+            raise StoreError(f"expected a disk that can be read, but: {cause}") from error
 
     def __repr__(self) -> str:
         """Say how many images it has."""
@@ -92,6 +107,11 @@ class Files(Source):
         """Return some of the files."""
         return Files(self.ids[start:stop], self.folder)
 
+    def _check_reachable(self, error: ImageError) -> None:
+        super()._check_reachable(error)
+        if isinstance(self.folder, Path) and not self.folder.is_dir():
+            raise StoreError(f"expected the folder '{self.folder}' where it was, but it is gone") from error
+
 
 class Tars(Source):
     """Images inside of tar files that are not compressed, WebDataset's shards among them; read where they lie.
@@ -116,7 +136,7 @@ class Tars(Source):
 
     def part(self, start: int, stop: int) -> "Tars":
         """Return some of the members."""
-        return Tars(self.ids[start:stop], self.files, self.places[start:stop])
+        return Tars(self.ids[start:stop], *_used(self.files, self.places[start:stop]))
 
 
 class Held(Source):
@@ -157,8 +177,7 @@ class Tables(Source):
     def opened(self, number: int) -> Path | Image.Image:
         """Return the picture of a row, or its path; a relative one is taken from the table's folder."""
         file, group, row = (int(value) for value in self.places[number])
-        with _reading:  # one thread reads a row group, the others then find it
-            value = _group_of(self.files[file], group, self.column)[row].as_py()
+        value = _groups.get(self.files[file], group, self.column)[row].as_py()
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
@@ -173,7 +192,8 @@ class Tables(Source):
 
     def part(self, start: int, stop: int) -> "Tables":
         """Return some of the rows."""
-        return Tables(self.ids[start:stop], self.files, self.column, self.places[start:stop])
+        files, places = _used(self.files, self.places[start:stop])
+        return Tables(self.ids[start:stop], files, self.column, places)
 
 
 def open_source(
@@ -182,14 +202,14 @@ def open_source(
     """Return the images of a source.
 
     Those of folders, lists and single tar files are in the order of their ids: the path inside the folder or tar file,
-    or the line of the list. With several tar files an id begins with the tar file's name. Rows of tables are in
-    their own order; their id is that of the column ``id``, ``key`` or ``__key__`` where there is one, else table and
-    row.
+    or the line of the list, where relative paths begin at the list's own folder. With several tar files an id begins
+    with the tar file's name. Rows of tables are in their own order; their id is that of the column ``id``, ``key`` or
+    ``__key__`` where there is one, else table and row.
 
     Args:
         source: A folder of images (and the folders in it), of tar files or of Parquet tables; a tar file; a Parquet
-            table; a text file (.txt, .lst) of paths or addresses, one a line; or a pattern with ``*`` for several tar
-            files or tables. Each a path, or an address that fsspec knows: ``s3://bucket/photographs``.
+            table; a text file (.txt, .lst) of paths or addresses, one a line; or a pattern with ``*`` for several
+            files of a folder. Each a path, or an address that fsspec knows: ``s3://bucket/photographs``.
         image_column: Of tables: where the images are. None is the first that has a usual name.
         id_column: Of tables: what each image is called.
 
@@ -215,7 +235,12 @@ def open_source(
     else:
         found = _local(Path(place), image_column, id_column)
     if len(set(found.ids)) < len(found):
-        raise ConfigError(f"expected images of different names in '{source}', got some twice")
+        ordered = sorted(found.ids)
+        twice = next(name for name, other in pairwise(ordered) if name == other)
+        hint = "; name another column with id_column=" if isinstance(found, Tables) else ""
+        raise ConfigError(
+            f"expected images of different names in '{source}', got some twice, '{twice}' among them{hint}"
+        )
     if not len(found):
         raise ConfigError(f"expected images in '{source}', got none")
     return found
@@ -224,10 +249,13 @@ def open_source(
 def _local(path: Path, image_column: str | None, id_column: str | None) -> Source:
     """Return the images of a folder or a tar file."""
     if path.is_dir():
-        found = [name for name, _ in picture_items(path)]
-        if found:
-            return Files(sorted(found), path)
-        inside = sorted(one for one in path.rglob("*") if one.is_file())
+        try:
+            found = [name for name, _ in picture_items(path)]
+            if found:
+                return Files(sorted(found), path)
+            inside = sorted(one for one in path.rglob("*") if one.is_file())
+        except OSError as error:
+            raise StoreError(f"expected a folder of images at '{path}', but: {error}") from error
         names = [one.relative_to(path).as_posix() for one in inside]
         return _several(path, [*inside], names, image_column, id_column)
     if path.name.lower().endswith(_PACKED_TARS) or not _is_plain_tar(path):
@@ -252,14 +280,15 @@ def _remote_folder(folder: Place, image_column: str | None, id_column: str | Non
 def _several(
     place: Place, files: Sequence[Place], names: Sequence[str], image_column: str | None, id_column: str | None
 ) -> Source:
-    """Return the images of several tar files or tables."""
+    """Return the images of several tar files or tables, or several images."""
     tars = [(file, name) for file, name in zip(files, names, strict=True) if name.lower().endswith(_TARS)]
     if tars:
         return _tars([file for file, _ in tars], [f"{name}/" for _, name in tars])
     tables = [(file, name) for file, name in zip(files, names, strict=True) if name.lower().endswith(_TABLES)]
     if tables:
         return _tables([file for file, _ in tables], [name for _, name in tables], image_column, id_column)
-    return Files([], place)
+    folder = place_of(str(place).rpartition("/")[0] or ".") if "*" in str(place) else place
+    return Files([name for name in names if name.lower().endswith(SUFFIXES)], folder)
 
 
 def _matching(pattern: Place) -> tuple[list[Place], list[str]]:
@@ -287,10 +316,11 @@ def _matching(pattern: Place) -> tuple[list[Place], list[str]]:
 def _listed(place: Place) -> Files:
     """Return the images that a text file lists."""
     try:
-        text = read_bytes(place).decode()
+        text = read_bytes(place).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"expected a list of images, one a line, at '{place}', but: {error}") from error
-    return Files(sorted(line for line in map(str.strip, text.split("\n")) if line), Path.cwd())
+    folder = place.parent if isinstance(place, Path) else place.rpartition("/")[0]
+    return Files(sorted(line for line in map(str.strip, text.split("\n")) if line), folder)
 
 
 def _tars(files: Sequence[Place], prefixes: Sequence[str]) -> Tars:
@@ -325,7 +355,7 @@ def _members(file: Place) -> Iterator[tuple[str, int, int]]:
 
 def _tables(files: Sequence[Place], names: Sequence[str], image_column: str | None, id_column: str | None) -> Tables:
     """Find the images in Parquet tables, which are called by the names; only their ids are read."""
-    _group_of.cache_clear()  # a table may have been written anew since it was read
+    _groups.clear()  # a table may have been written anew since it was read
     ids: list[str] = []
     places: list[np.ndarray] = []
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
@@ -382,10 +412,50 @@ def _parquet(file: Place) -> Any:
         raise StoreError(f"expected a Parquet table at '{file}', but: {error}") from error
 
 
-_reading = Lock()
+class _Groups:
+    """Row groups that were read last. Rows are asked for in order, a little ahead; by each device at another place.
+
+    Attributes:
+        most: How many are kept.
+    """
+
+    def __init__(self) -> None:
+        self.most = 2
+        self._lock, self._kept = Lock(), OrderedDict[Any, Future[Any]]()
+
+    def get(self, *key: Any) -> Any:
+        """Return a column of a row group; one thread reads it, others that want it wait for that one."""
+        with self._lock:
+            found = self._kept.get(key)
+            mine = found is None
+            if found is None:
+                found = self._kept[key] = Future()
+            self._kept.move_to_end(key)
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        if mine:
+            try:
+                found.set_result(_group_of(*key))
+            except BaseException as error:
+                found.set_exception(error)
+                with self._lock:
+                    self._kept.pop(key, None)
+        return found.result()
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._kept.clear()
 
 
-@lru_cache(maxsize=2)  # rows are asked for in order, a little ahead
+_groups = _Groups()
+
+
+def keep_groups(most: int) -> None:
+    """Keep so many row groups of tables in memory: two for each device that reads."""
+    _groups.most = most
+
+
 def _group_of(file: Place, group: int, column: str) -> Any:
     """Return one column of one row group."""
     table = _parquet(file)
@@ -400,6 +470,12 @@ def _beside(file: Place, name: Path) -> Place:
     if name.is_absolute():
         return name
     return file.parent / name if isinstance(file, Path) else f"{file.rpartition('/')[0]}/{name.as_posix()}"
+
+
+def _used(files: Sequence[Place], places: np.ndarray) -> tuple[list[Place], np.ndarray]:
+    """Return the files that places are in, and the places by their numbers among those."""
+    numbers, renumbered = np.unique(places[:, 0], return_inverse=True)
+    return [files[number] for number in numbers], np.column_stack([renumbered, places[:, 1:]])
 
 
 def _absolute(files: Sequence[Place]) -> list[Place]:

@@ -1,9 +1,9 @@
 """A store: a folder of shards with the descriptors of many images, read one image at a time."""
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -26,7 +26,14 @@ from vitfeats.apps.bulk.shards import FORMAT, Header, Rows, check_shard, read_he
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, StoreError, nearest_names
 
+try:
+    import fcntl
+except ImportError:  # Windows: stores can be read there
+    fcntl = None
+
 ABOUT, IDS, LOCK = "store.json", "ids.jsonl", ".lock"
+_MISSING = "it is missing"
+_AT_ONCE, _MANY = 8, 64  # headers that are read at once, and that are asked for at a time
 _KEPT = 8  # headers that are kept: what is asked for image by image is often beside each other
 
 
@@ -158,13 +165,20 @@ class Store:
             raise ConfigError(f"expected a tap of the store ({', '.join(self.taps)}), got {tap!r}")
         return read_rows(self.shard_path(number), tap, self._read_header(number))
 
-    def broken(self) -> dict[str, str]:
-        """Return why images could not be read, by id; of the shards that are there."""
-        missing = set(self.missing())
+    def broken(self, shards: Sequence[int] | None = None) -> dict[str, str]:
+        """Return why images could not be read, by id; of the shards that are there, or of those of some numbers.
+
+        Raises:
+            StoreError: If a header cannot be read.
+        """
+        if shards is None:
+            missing = set(self.missing())
+            shards = [number for number in range(self.shards) if number not in missing]
         found: dict[str, str] = {}
-        for number in range(self.shards):
-            if number not in missing:
-                found |= self._read_header(number).broken
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # of storage far away each takes its time
+            for start in range(0, len(shards), _MANY):
+                for header in pool.map(self._read_header, shards[start : start + _MANY]):
+                    found |= header.broken
         return found
 
     def check(self) -> Iterator[Damage]:
@@ -176,7 +190,7 @@ class Store:
         missing = set(self.missing())
         for number in range(self.shards):
             names = self.ids_of(number)
-            why = "it is missing" if number in missing else self._why(number)
+            why = _MISSING if number in missing else self._why(number)
             if why is not None:
                 yield Damage(number, why, len(names))
 
@@ -184,13 +198,34 @@ class Store:
         """Remove shards that are damaged, so that a run on the same folder makes them again; return what was found.
 
         Raises:
-            StoreError: As :meth:`check` does; nothing was removed then. Or if one cannot be removed.
+            StoreError: As :meth:`check` does; nothing was removed then. Or if one cannot be removed, or a run is at
+                work in the folder.
         """
-        found = list(self.check())
-        for damage in found:
-            remove(self.shard_path(damage.shard))
+        with locked(self.path):
+            found = list(self.check())
+            for damage in found:
+                if damage.why != _MISSING:
+                    remove(self.shard_path(damage.shard))
         self._header.cache_clear()
         return found
+
+    def remove_shards_of(self, ids: Iterable[str]) -> None:
+        """Remove the shards that have these images, so that a run makes them again.
+
+        Raises:
+            KeyError: If there is no such image.
+            StoreError: If one cannot be removed.
+        """
+        places = [self._place(name) for name in ids]
+        if None in places:
+            raise KeyError("expected images of the store, got others")
+        for number in sorted({place // self.per_shard for place in places if place is not None}):
+            remove(self.shard_path(number))
+        self._header.cache_clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open it anew where it is unpickled."""
+        return Store, (self.path,)
 
     def reduce(self, d: Descriptor) -> Descriptor:
         """Return a descriptor as this store would have it: reduced to its principal components, if it has such.
@@ -255,7 +290,7 @@ def create_store(
     make_folder(folder)
     there = sizes_in(folder)
     if ABOUT in there:
-        _check_same(folder, _read_json(joined(folder, ABOUT)), json.loads(json.dumps(about)))
+        _check_same(folder, _read_json(joined(folder, ABOUT)), json.loads(json.dumps(about)), ids)
         return Store(folder)
     if any(name.startswith("part-") for name in there):
         raise StoreError(f"expected an empty folder for a new store, but '{folder}' has shards and no {ABOUT}")
@@ -279,6 +314,8 @@ def locked(folder: Path | str) -> Iterator[None]:
     if isinstance(folder, str):
         yield
         return
+    if fcntl is None:
+        raise StoreError("expected a system with file locks, Linux or macOS, to write a store; use an address instead")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
@@ -287,13 +324,16 @@ def locked(folder: Path | str) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise StoreError(
                 f"expected to be alone in '{folder}', but another run is at work there; wait for it, or use another "
                 "folder"
             ) from error
-        for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"expected a file system that can lock '{folder / LOCK}', but: {error}") from error
+        for left in folder.glob("**/.*.tmp"):  # of a run that was killed while it wrote
+            with suppress(FileNotFoundError, IsADirectoryError, PermissionError):  # what is none of ours stays
+                left.unlink()
         yield
 
 
@@ -310,11 +350,14 @@ def digest_of(ids: Sequence[str]) -> str:
     return found.hexdigest()
 
 
-def _check_same(folder: Place, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same(folder: Place, there: Mapping[str, Any], wanted: Mapping[str, Any], ids: Sequence[str]) -> None:
     if there.get("format") != FORMAT:
         raise StoreError(f"expected a store ({FORMAT}) at '{folder}', got format {there.get('format')!r}")
-    names = [name for name in ("per_shard", "ids") if there.get(name) != wanted[name]]
-    told = [f"{name}: {there.get(name)!r} there, {wanted[name]!r} here" for name in names]
+    told = []
+    if there.get("per_shard") != wanted["per_shard"]:
+        told.append(f"per_shard: {there.get('per_shard')!r} there, {wanted['per_shard']!r} here")
+    if there.get("ids") != wanted["ids"]:
+        told.append(f"ids: {_difference(_read_ids(joined(folder, IDS)), ids)}")
     old, new = there.get("settings", {}), wanted["settings"]
     told += [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
@@ -326,6 +369,13 @@ def _check_same(folder: Place, there: Mapping[str, Any], wanted: Mapping[str, An
             f"expected images and settings of the store in '{folder}', but these differ: {'; '.join(told)}. "
             "Use another folder"
         )
+
+
+def _difference(there: Sequence[str], here: Sequence[str]) -> str:
+    """Tell how two lists of ids differ."""
+    gone, new = sorted(set(there) - set(here)), sorted(set(here) - set(there))
+    shown = [f"{len(names)} {what} ('{names[0]}')" for what, names in (("are gone", gone), ("are new", new)) if names]
+    return f"{len(there)} there, {len(here)} here; {', '.join(shown) or 'their order differs'}"
 
 
 def _read_json(path: Place) -> dict[str, Any]:
