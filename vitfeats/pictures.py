@@ -158,7 +158,7 @@ class PictureFiles(Mapping[str, np.ndarray]):
         def measured(item: Any) -> tuple[int, int]:
             if isinstance(item, Image.Image):
                 return item.size
-            return _opened(Path(item).read_bytes()).size
+            return opened_picture(Path(item).read_bytes()).size
 
         return self._opened(name, measured)
 
@@ -237,7 +237,7 @@ def picture_items(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     try:
         # Of a tar file that is not compressed, places are enough; the pictures of others are kept as they are stored.
-        plain = _is_plain(source)
+        plain = is_plain_tar(source)
         with tarfile.open(source) as archive:
             for member in archive:
                 if not member.isfile() or not member.name.lower().endswith(SUFFIXES):
@@ -248,12 +248,17 @@ def picture_items(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                 else:
                     content = archive.extractfile(member)
                     assert content is not None
-                    yield name, partial(_opened, content.read())
+                    yield name, partial(opened_picture, content.read())
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise StoreError(f"expected a folder or a tar file of pictures at '{source}', but: {error}") from error
 
 
-def _opened(data: bytes) -> Image.Image:
+def opened_picture(data: bytes) -> Image.Image:
+    """Return a picture by the bytes of its file.
+
+    Raises:
+        ImageError: If it is none.
+    """
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
@@ -265,12 +270,13 @@ def _opened(data: bytes) -> Image.Image:
 def _opened_at(source: Path, offset: int, size: int) -> Image.Image:
     with source.open("rb") as file:
         file.seek(offset)
-        return _opened(file.read(size))
+        return opened_picture(file.read(size))
 
 
-def _is_plain(source: Path) -> bool:
+def is_plain_tar(source: Path) -> bool:
+    """Tell whether a file is a tar file that is not compressed."""
     try:
         with tarfile.open(source, "r:"):
             return True
-    except tarfile.ReadError:
+    except (OSError, tarfile.ReadError):
         return False

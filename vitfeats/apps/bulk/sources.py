@@ -1,7 +1,6 @@
 """Where many images come from: folders, lists of paths, tar files, Parquet tables; on disk or in object storage."""
 
 import errno
-import io
 import tarfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from vitfeats.apps.bulk.files import Place, filesystem, is_remote, joined, place_of, read_bytes
 from vitfeats.errors import ConfigError, ImageError, MissingDependencyError, StoreError
-from vitfeats.pictures import SUFFIXES, picture_items
+from vitfeats.pictures import SUFFIXES, is_plain_tar, opened_picture, picture_items
 from vitfeats.preprocess import load_image
 
 _TARS = (".tar",)
@@ -130,7 +129,7 @@ class Tars(Source):
         """Return the picture of a member."""
         file, start, size = (int(value) for value in self.places[number])
         try:
-            return _picture(read_bytes(self.files[file], start, start + size))
+            return opened_picture(read_bytes(self.files[file], start, start + size))
         except FileNotFoundError as error:  # no image is broken for that
             raise StoreError(f"expected the tar file '{self.files[file]}' where it was, but it is gone") from error
 
@@ -181,7 +180,7 @@ class Tables(Source):
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
-            return _picture(value)
+            return opened_picture(value)
         if not isinstance(value, str):
             got = "none" if value is None else f"a value of type {type(value).__name__}"
             raise ImageError(f"expected an image in row {row} of row group {group} of '{self.files[file]}', got {got}")
@@ -258,7 +257,7 @@ def _local(path: Path, image_column: str | None, id_column: str | None) -> Sourc
             raise StoreError(f"expected a folder of images at '{path}', but: {error}") from error
         names = [one.relative_to(path).as_posix() for one in inside]
         return _several(path, [*inside], names, image_column, id_column)
-    if path.name.lower().endswith(_PACKED_TARS) or not _is_plain_tar(path):
+    if path.name.lower().endswith(_PACKED_TARS) or not is_plain_tar(path):
         named = sorted(picture_items(path), key=lambda item: item[0])
         return Held([name for name, _ in named], [opener for _, opener in named])
     return _tars([path], [""])
@@ -483,7 +482,7 @@ def _absolute(files: Sequence[Place]) -> list[Place]:
 
 
 def _remote_picture(place: str) -> Image.Image:
-    return _picture(_required(place))
+    return opened_picture(_required(place))
 
 
 def _required(place: Place, start: int | None = None, end: int | None = None) -> bytes:
@@ -492,20 +491,3 @@ def _required(place: Place, start: int | None = None, end: int | None = None) ->
         return read_bytes(place, start, end)
     except FileNotFoundError as error:
         raise ImageError(f"expected an image at '{place}', but there is no such file") from error
-
-
-def _picture(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ImageError("expected a picture, but its format is none that is known") from error
-    except Exception as error:  # each of Pillow's readers has its own way to fail
-        raise ImageError(f"expected a picture, but: {error}") from error
-
-
-def _is_plain_tar(path: Path) -> bool:
-    try:
-        with tarfile.open(path, "r:"):
-            return True
-    except (OSError, tarfile.ReadError):
-        return False
