@@ -19,10 +19,11 @@ from vitfeats.api import device_of, load_extractor
 from vitfeats.apps.bulk.files import Place, place_of, sizes_in
 from vitfeats.apps.bulk.local import make_here
 from vitfeats.apps.bulk.making import POOLED, Made, Part, held_descriptors, settings_of
+from vitfeats.apps.bulk.opening import open_source
 from vitfeats.apps.bulk.ray import make_by_ray
 from vitfeats.apps.bulk.reduction import Reduction
 from vitfeats.apps.bulk.shards import STORE_TYPES, StoreType, shard_bytes
-from vitfeats.apps.bulk.sources import Source, open_source
+from vitfeats.apps.bulk.sources import Source
 from vitfeats.apps.bulk.store import ABOUT, Store, create_store, locked
 from vitfeats.errors import ConfigError, ImageError, MissingDependencyError, ShapeError, StoreError
 from vitfeats.extractors.base import Extractor
