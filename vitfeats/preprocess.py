@@ -344,7 +344,9 @@ def _channels_message(expected: str, shape: tuple[int, ...], axis: int) -> str:
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
     try:
-        return torch.from_numpy(np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C"))
+        # Of bytes a copy in their own layout; torch changes layout and type together, which takes a third of the time.
+        order = "K" if pixels.dtype == np.uint8 else "C"
+        return torch.from_numpy(np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order=order))
     except TypeError as error:
         raise ImageError(_numbers_message(pixels.dtype, pixels.dtype.kind in "iu")) from error
 
@@ -359,7 +361,9 @@ def _checked(pixels: np.ndarray | Tensor) -> Float[Tensor, "3 height width"]:
     if min(tensor.shape[1:]) < 1:
         raise ImageError(f"expected an image of at least 1×1 pixel, got shape {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:
-        return tensor.float().div_(255)  # in place on the new tensor: a large picture fits twice as often
+        return tensor.to(torch.float32, memory_format=torch.contiguous_format).div_(
+            255
+        )  # in place on the new tensor: a large picture fits twice as often
     if not tensor.is_floating_point():
         raise ImageError(_numbers_message(tensor.dtype, tensor.dtype != torch.bool and not tensor.is_complex()))
     low, high = (float(value) for value in tensor.detach().float().aminmax())

@@ -177,6 +177,7 @@ def test_strict_stops_every_device_at_the_file_and_names_it(narrow, folder, tmp_
 @pytest.mark.parametrize("at", [1, 4])
 def test_ctrl_c_ends_the_run_and_leaves_whole_shards(narrow, folder, tmp_path, monkeypatch, at):
     run(narrow, folder, tmp_path / "whole", **SETTINGS)
+    before = threading.active_count()
 
     def press(number):
         if number == at:
@@ -188,7 +189,7 @@ def test_ctrl_c_ends_the_run_and_leaves_whole_shards(narrow, folder, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             run(narrow, folder, tmp_path / "out", device=TWO, workers=1, **SETTINGS)
     assert_whole_but_unfinished(tmp_path / "out", tmp_path / "whole")
-    assert threading.active_count() < 8, "no thread of the run is left"
+    assert threading.active_count() <= before, "no thread of the run is left"
     run(narrow, folder, tmp_path / "out", device=TWO, **SETTINGS)
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 

@@ -518,3 +518,44 @@ def test_a_run_that_stops_waits_for_no_image_that_nobody_needs(mini, tmp_path, m
     with pytest.raises(ImageError, match="000.png"):
         run(mini, tmp_path / "pictures", tmp_path / "out", strict=True, workers=1, batch_size=16, per_shard=40)
     assert len(read) < 20, "two of them before the store is begun"
+
+
+def short_of_memory(monkeypatch, mini, most: int, tokens: int = 10**9) -> None:
+    """Let a model's memory hold no more than so many images at once, and none of more tokens."""
+    read = mini.read
+
+    def limited(batch, taps):
+        if len(batch.frames) > most or batch.grid.tokens > tokens:
+            raise MemoryError
+        return read(batch, taps)
+
+    monkeypatch.setattr(mini, "read", limited)
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_read_one_by_one(mini, folder, tmp_path, monkeypatch):
+    run(mini, folder, tmp_path / "one", batch_size=1, dtype="float32")
+    short_of_memory(monkeypatch, mini, most=1)
+    assert run(mini, folder, tmp_path / "out", batch_size=3, dtype="float32").broken == {}
+    assert shards(tmp_path / "out") == shards(tmp_path / "one")
+
+
+def test_an_image_that_does_not_fit_in_memory_alone_is_broken_until_it_fits(mini, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        short_of_memory(patch, mini, most=9, tokens=100)
+        found = run(mini, folder, tmp_path / "out")
+        assert list(found.broken) == ["four.png"]
+        assert "expected images that fit in the memory of cpu, got 1 image of " in found.broken["four.png"]
+        with pytest.raises(ImageError, match="'four.png': expected images that fit in the memory"):
+            run(mini, folder, tmp_path / "strict", strict=True)
+    assert run(mini, folder, tmp_path / "out", retry_broken=True).broken == {}
+    run(mini, folder, tmp_path / "whole")
+    assert shards(tmp_path / "out").keys() == shards(tmp_path / "whole").keys()
+
+
+def test_another_error_of_a_model_is_no_matter_of_memory(mini, folder, tmp_path, monkeypatch):
+    def wrong(batch, taps):
+        raise ShapeError("expected another shape")
+
+    monkeypatch.setattr(mini, "read", wrong)
+    with pytest.raises(ShapeError, match="expected another shape"):
+        run(mini, folder, tmp_path / "out")

@@ -422,3 +422,14 @@ def test_tables_need_pyarrow_before_anything_is_made(narrow, folder, tmp_path, m
     with pytest.raises(MissingDependencyError, match=told):
         run(narrow, folder, tmp_path / "out", pooled=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_table_of_pooled_vectors_is_found_and_made_again(narrow, folder, tmp_path):
+    run(narrow, folder, tmp_path / "out", pooled=True)
+    before = everything(tmp_path / "out")
+    (tmp_path / "out" / "pooled" / "part-0000001.parquet").unlink()
+    found = Store(tmp_path / "out").remove_damaged()
+    assert [(damage.shard, damage.why) for damage in found] == [(1, "its table of pooled vectors is missing")]
+    run(narrow, folder, tmp_path / "out", pooled=True)
+    assert everything(tmp_path / "out") == before
+    assert list(Store(tmp_path / "out").check()) == []

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from vitfeats.api import device_of, load_extractor
 from vitfeats.apps.bulk.files import Place, place_of, sizes_in
 from vitfeats.apps.bulk.local import make_here
-from vitfeats.apps.bulk.making import POOLED, Made, Part, held_descriptors, settings_of
+from vitfeats.apps.bulk.making import Made, Part, held_descriptors, settings_of
 from vitfeats.apps.bulk.opening import open_source
 from vitfeats.apps.bulk.ray import make_by_ray
 from vitfeats.apps.bulk.reduction import Reduction
 from vitfeats.apps.bulk.shards import STORE_TYPES, StoreType, shard_bytes
 from vitfeats.apps.bulk.sources import Source
-from vitfeats.apps.bulk.store import ABOUT, Store, create_store, locked
+from vitfeats.apps.bulk.store import ABOUT, POOLED, Store, create_store, locked
 from vitfeats.errors import ConfigError, ImageError, MissingDependencyError, ShapeError, StoreError
 from vitfeats.extractors.base import Extractor
 from vitfeats.preprocess import Prepared
@@ -111,13 +111,13 @@ def extract(
         workers: Threads that decode and resize; None is one for each core, up to 16, with "ray" two for each actor.
         actors: For "ray": how many; None is one for each graphics card, or one where there is none.
         strict: Stop at an image that cannot be read, rather than note and skip it.
-        retry_broken: Make shards again in which images are noted as broken.
+        retry_broken: Make shards again in which images are noted as broken: cannot be read, are too long for the
+            model's size, or do not fit in memory even alone.
         progress: Show on standard error what is to be done, how far it is, its rate and the time left.
 
     Raises:
         ImageError: If an image cannot be read, and ``strict``.
         ConfigError: If there is no image, or the store is of other ids or settings.
-        ShapeError: If a batch does not fit in memory; the same call with a smaller ``batch_size`` goes on.
         StoreError: If the source cannot be read, the disk cannot hold the store, another run is at work in the folder,
             or something cannot be written. Whole shards stay.
         MissingDependencyError: If Ray, or pyarrow for ``pooled``, is not installed.
@@ -157,7 +157,7 @@ def extract(
             if not todo:
                 running: Generator[Made] = (one for one in ())
             elif engine == "ray":
-                running = make_by_ray(extractor, store, list(parts), threads=workers or 2, actors=actors, **shared)
+                running = make_by_ray(extractor, store, list(parts), threads=workers, actors=actors, **shared)
             else:
                 extractors = [extractor, *(extractor.on(other) for other in devices[1:])]
                 running = make_here(extractors, store, parts, threads=workers or _cores(), **shared)

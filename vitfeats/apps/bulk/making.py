@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, is_dataclass
 from hashlib import blake2b
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,15 +18,12 @@ from vitfeats.apps.bulk.exports import pooled_table
 from vitfeats.apps.bulk.files import joined, make_folder, write_bytes
 from vitfeats.apps.bulk.shards import StoreType, write_shard
 from vitfeats.apps.bulk.sources import Source
-from vitfeats.apps.bulk.store import Store, shard_name
+from vitfeats.apps.bulk.store import POOLED, Store, pooled_name
 from vitfeats.configs import DiffusionConfig
 from vitfeats.descriptor import Descriptors
 from vitfeats.errors import ConfigError, ImageError, ShapeError
 from vitfeats.extractors.base import Extractor
-from vitfeats.preprocess import Prepared
-
-POOLED = "pooled"
-"""The folder of a store that has one vector an image and tap, as Parquet."""
+from vitfeats.preprocess import Prepared, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class ShardMaker:
         store: Whose shards are made; its settings say of which taps, and how they are written.
         batch_size: Most images in one forward pass.
         threads: That decode and resize.
-        strict: Raise at an image that cannot be read, rather than note and skip it.
+        strict: Raise at an image that cannot be read, or does not fit in memory, rather than note and skip it.
         tick: Called with the number of images that are done with, again and again.
     """
 
@@ -93,8 +90,7 @@ class ShardMaker:
 
         Raises:
             ImageError: If an image cannot be read, and ``strict``.
-            ShapeError: If a batch does not fit in memory.
-        StoreError: If a shard cannot be written, or the source cannot be read.
+            StoreError: If a shard cannot be written, or the source cannot be read.
         """
         with ThreadPoolExecutor(self._threads) as readers, ThreadPoolExecutor(1) as writer:
             begun: deque[Part] = deque()
@@ -122,26 +118,44 @@ class ShardMaker:
         self, part: Part, ready: Iterator[Prepared | str]
     ) -> tuple[list[tuple[str, Descriptors]], dict[str, str]]:
         """Return the descriptors of the images of a shard, and why others could not be read."""
-        whole: list[str] = []
+        found: list[tuple[str, Descriptors]] = []
         broken: dict[str, str] = {}
 
-        def readable() -> Iterator[Prepared]:
+        def leave_out(name: str, why: str) -> None:
+            if self._strict:
+                raise ImageError(f"'{name}': {why}")
+            broken[name] = why
+            self._tick(1)
+
+        def readable() -> Iterator[tuple[str, Prepared]]:
             for name in part.images.ids:
                 one = next(ready)
                 if isinstance(one, Prepared):
-                    whole.append(name)
-                    yield one
-                elif self._strict:
-                    raise ImageError(f"'{name}': {one}")
+                    yield name, one
                 else:
-                    broken[name] = one
-                    self._tick(1)
+                    leave_out(name, one)
 
-        found: list[Descriptors] = []
-        for one in self._extractor.each(readable(), self._store.taps, batch_size=self._batch_size):
-            found.append(held_descriptors(one, self._store))
-            self._tick(1)
-        return list(zip(whole, found, strict=True)), broken
+        images = readable()
+        while window := list(islice(images, self._batch_size)):
+            for (name, _), one in zip(window, self._described([image for _, image in window]), strict=True):
+                if isinstance(one, str):
+                    leave_out(name, one)
+                else:
+                    found.append((name, held_descriptors(one, self._store)))
+                    self._tick(1)
+        return found, broken
+
+    def _described(self, images: list[Prepared]) -> list[Descriptors | str]:
+        """Return the descriptors of a batch; of an image that does not fit in memory even alone, why there are none."""
+        try:
+            return list(self._extractor.each(images, self._store.taps, batch_size=self._batch_size))
+        except ShapeError as error:
+            if not isinstance(error.__cause__, Exception) or not is_out_of_memory(error.__cause__):
+                raise
+            why = str(error)
+        if len(images) == 1:
+            return [why]
+        return [self._described([image])[0] for image in images]  # after the error, which holds what it was made of
 
     def _written(self, part: Part, images: Sequence[tuple[str, Descriptors]], broken: Mapping[str, str]) -> Made:
         """Write a shard: last, so that what goes with it is there when it is."""
@@ -149,8 +163,7 @@ class ShardMaker:
         if settings.get(POOLED) and images:  # nothing tells the columns of a table without images
             folder = joined(self._store.path, POOLED)
             make_folder(folder)
-            name = shard_name(part.number).replace(".safetensors", ".parquet")
-            write_bytes(joined(folder, name), pooled_table(images))
+            write_bytes(joined(folder, pooled_name(part.number)), pooled_table(images))
         path = self._store.shard_path(part.number)
         write_shard(path, images, settings=settings, dtype=settings["dtype"], broken=broken)
         return Made(part.number, len(images), dict(broken))

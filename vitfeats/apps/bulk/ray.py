@@ -25,7 +25,7 @@ def make_by_ray(
     parts: Sequence[Part],
     *,
     batch_size: int,
-    threads: int,
+    threads: int | None,
     strict: bool,
     tick: Callable[[int], Any],
     actors: int | None = None,
@@ -42,7 +42,8 @@ def make_by_ray(
         store: Whose shards are made.
         parts: To be made.
         batch_size: Most images in one forward pass.
-        threads: That decode, of each actor.
+        threads: That decode, of each actor; None is two, or as many as there are cores for each graphics card, at most
+            16.
         strict: Raise at an image that cannot be read.
         tick: Called with the number of images that are done with, a shard at a time.
         actors: How many; None is one for each graphics card of the cluster, or one where there is none.
@@ -65,13 +66,14 @@ def make_by_ray(
         cards = int(ray.cluster_resources().get("GPU", 0))
         # By cloudpickle, for models and sources may be of classes that a script defines.
         sent = ray.put(dumps(extractor if extractor.device.type == "cpu" else extractor.on("cpu")))
+        count = min(actors or cards or 1, len(parts))
+        if threads is None:
+            threads = max(2, min(16, int(ray.cluster_resources().get("CPU", 0)) // count)) if cards else 2
         rows = [{"number": part.number, "part": dumps(part)} for part in parts]
         found = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
             _Actor,
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                size=min(actors or cards or 1, len(rows)), max_tasks_in_flight_per_actor=2
-            ),
+            compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
             num_cpus=1,
             num_gpus=1 if cards else 0,
             fn_constructor_kwargs={

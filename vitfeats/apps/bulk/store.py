@@ -32,6 +32,9 @@ except ImportError:  # Windows: stores can be read there
     fcntl = None
 
 ABOUT, IDS, LOCK = "store.json", "ids.jsonl", ".lock"
+POOLED = "pooled"
+"""The folder of a store that has one vector an image and tap, as Parquet; and the setting that asks for it."""
+
 _MISSING = "it is missing"
 _AT_ONCE, _MANY = 8, 64  # headers that are read at once, and that are asked for at a time
 _KEPT = 8  # headers that are kept: what is asked for image by image is often beside each other
@@ -188,9 +191,12 @@ class Store:
             StoreError: If the object storage that they lie in cannot be read now, which tells nothing of them.
         """
         missing = set(self.missing())
+        tables = sizes_in(joined(self.path, POOLED)) if self.settings.get(POOLED) else None
         for number in range(self.shards):
             names = self.ids_of(number)
             why = _MISSING if number in missing else self._why(number)
+            if why is None and tables is not None and pooled_name(number) not in tables and self._header(number).ids:
+                why = "its table of pooled vectors is missing"
             if why is not None:
                 yield Damage(number, why, len(names))
 
@@ -340,6 +346,11 @@ def locked(folder: Path | str) -> Iterator[None]:
 def shard_name(number: int) -> str:
     """Return what the file of a shard is called."""
     return f"part-{number:07}.safetensors"
+
+
+def pooled_name(number: int) -> str:
+    """Return what the table of a shard's pooled vectors is called."""
+    return f"part-{number:07}.parquet"
 
 
 def digest_of(ids: Sequence[str]) -> str:
