@@ -498,6 +498,15 @@ def test_what_is_expected_on_disk_is_what_comes(mini, tmp_path, capsys, dtype, t
     assert float(told[1]) * {"kB": 1e3, "MB": 1e6}[told[2]] == pytest.approx(summary.bytes, rel=0.06)
 
 
+def test_what_is_expected_follows_the_shapes_of_the_images(mini, tmp_path, capsys):
+    for number in range(16):
+        paint(tmp_path / f"pictures/{number:03}.png", (40, 40) if number == 0 else (120, 40), number)
+    summary = run(mini, tmp_path / "pictures", tmp_path / "out", taps=["key@1"], progress=True)
+    told = re.search(r"16 images; about ([0-9.]+) kB", capsys.readouterr().err)
+    assert told is not None
+    assert float(told[1]) * 1e3 == pytest.approx(summary.bytes, rel=0.06)
+
+
 def test_a_shard_has_a_largest_size(mini, folder, tmp_path):
     with pytest.raises(ConfigError, match="expected per_shard of at most 10000, got 10001"):
         run(mini, folder, tmp_path / "out", per_shard=10_001)

@@ -34,6 +34,7 @@ Engine = Literal["local", "ray"]
 
 _SPARE = 1.05  # of the disk, beyond what the first images let expect
 MOST_IN_SHARD = 10_000  # images; the header of a safetensors file cannot be of any size
+_LOOKED_AT = 16  # images whose tokens are counted to tell what all will take
 _SAMPLE = 1000  # images that principal components are fitted on
 
 
@@ -257,18 +258,23 @@ def _readable(images: Source, number: int, extractor: Extractor) -> Prepared | N
 
 
 def _expected_bytes(store: Store, images: Source, todo: Sequence[int], extractor: Extractor) -> float:
-    """Return what is to be written, by what the first image that can be read takes: numbers, facts and tables."""
+    """Return what is to be written, by what one image takes, and by how many tokens some others have."""
     step = store.per_shard
-    numbers = (n for shard in todo for n in range(shard * step, min(len(store), (shard + 1) * step)))
-    first = next(((n, one) for n in numbers if (one := _readable(images, n, extractor)) is not None), None)
-    if first is None:
+    numbers = [n for shard in todo for n in range(shard * step, min(len(store), (shard + 1) * step))]
+    spread = [numbers[place] for place in np.linspace(0, len(numbers) - 1, min(_LOOKED_AT, len(numbers))).astype(int)]
+    readable = [(n, one) for n in spread if (one := _readable(images, n, extractor)) is not None]
+    if not readable:
         return 0.0
-    (found,) = extractor.each([first[1]], store.taps)
-    name, held = store.ids[first[0]], held_descriptors(found, store)
-    some = [[(f"{name}{place}", held) for place in range(count)] for count in (1, 2)]
+    number, first = readable[0]
+    (found,) = extractor.each([first], store.taps)
+    held = held_descriptors(found, store)
+    some = [[(f"{store.ids[number]}{place}", held) for place in range(count)] for count in (1, 2)]
     alone, both = (len(shard_bytes(one, settings=store.settings, dtype=store.settings["dtype"])) for one in some)
-    each = both - alone + (sum(4 * d.dim + 8 for d in held.values()) if store.settings.get(POOLED) else 0)
-    return float(each * sum(len(store.ids_of(number)) for number in todo) + (alone + alone - both) * len(todo))
+    tokens = sum(one.grid.tokens for _, one in readable) / len(readable) / first.grid.tokens
+    item = STORE_TYPES[store.settings["dtype"]].itemsize
+    dense = sum(d.features.numel() * item for d in held.values() if d.grid.tokens > 1)
+    tables = sum(4 * d.dim + 8 for d in held.values()) if store.settings.get(POOLED) else 0
+    return float((both - alone + dense * (tokens - 1) + tables) * len(numbers) + (alone + alone - both) * len(todo))
 
 
 def _check_space(folder: Place, expected: float) -> None:
