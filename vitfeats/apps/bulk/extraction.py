@@ -109,7 +109,8 @@ def extract(
         engine: "local" is this process; "ray" is a cluster, or several processes here.
         device: Where the model goes; several, or "all" graphics cards, share the work, each with a copy of it. "auto"
             leaves a module or an extractor where it is. For "local".
-        workers: Threads that decode and resize; None is one for each core, up to 16, with "ray" two for each actor.
+        workers: Threads that decode and resize; None is one for each core, up to 16. With "ray" of each actor, and None
+            is two, or as many as there are cores for each graphics card.
         actors: For "ray": how many; None is one for each graphics card, or one where there is none.
         strict: Stop at an image that cannot be read, rather than note and skip it.
         retry_broken: Make shards again in which images are noted as broken: cannot be read, are too long for the
@@ -170,7 +171,7 @@ def extract(
             raise StoreError(
                 f"expected all shards of '{folder}', but {len(missing)} were removed while others were made"
             )
-        broken = store.broken([number for number in range(store.shards) if number not in set(todo)]) | new
+        broken = store.broken(sorted({*range(store.shards)}.difference(todo))) | new
         sizes = sum(size for name, size in sizes_in(folder).items() if name.startswith("part-"))
     return Summary(folder, len(store) - len(broken), made, broken, time.perf_counter() - start, sizes)
 
