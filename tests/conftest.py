@@ -25,6 +25,21 @@ def mini() -> vf.Extractor:
     return vf.load_extractor("mini", size=112, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def narrow(mini) -> vf.Extractor:
+    """The bundled model at 9 to 30 tokens an image."""
+    return mini.resized(size=48)
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """The name of a folder in fsspec's memory."""
+    from many import in_memory
+
+    with in_memory() as name:
+        yield name
+
+
 @pytest.fixture
 def photo() -> torch.Tensor:
     """A smooth image, 70 × 100, so that resampling does not drown a test in noise."""

@@ -1,6 +1,5 @@
 """Principal components of a store, and its tables of one vector an image: the numbers, the bytes, and going on."""
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from many import (
     assert_same,
     everything,
     failing,
-    in_memory,
     paint,
     paint_all,
     run,
@@ -37,19 +35,6 @@ DIMS = 5
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return paint_all(tmp_path / "pictures")
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """The name of a folder in fsspec's memory."""
-    with in_memory() as name:
-        yield name
-
-
-@pytest.fixture(scope="module")
-def narrow(mini):
-    """The bundled model at 9 to 30 tokens an image."""
-    return mini.resized(size=48)
 
 
 def sample(count: int = 6) -> list[Descriptors]:

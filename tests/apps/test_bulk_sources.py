@@ -9,7 +9,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from many import (
     encoded,
     everything,
     failing,
-    in_memory,
     paint_all,
     pixels_of,
     run,
@@ -47,13 +46,6 @@ FILES = {name: encoded(PICTURES[name]) for name in NAMES}  # in order
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return paint_all(tmp_path / "pictures")
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """The name of a folder in fsspec's memory."""
-    with in_memory() as name:
-        yield name
 
 
 def table(path: Path, columns: Mapping[str, object], **settings) -> Path:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -15,7 +14,6 @@ from many import (
     assert_same,
     everything,
     failing,
-    in_memory,
     paint_all,
     run,
     stored_at,
@@ -37,19 +35,6 @@ def folder(tmp_path) -> Path:
     paint_all(tmp_path / "pictures")
     (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
     return tmp_path / "pictures"
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """The name of a folder in fsspec's memory."""
-    with in_memory() as name:
-        yield name
-
-
-@pytest.fixture(scope="module")
-def narrow(mini):
-    """The bundled model at 9 to 30 tokens an image."""
-    return mini.resized(size=48)
 
 
 def kept(folder: Path) -> dict[str, bytes]:

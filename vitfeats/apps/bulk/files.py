@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _TYPES = {
 
 
 class UnreachableError(StoreError):
-    """A file that may be whole, but that cannot be read now."""
+    """A file or folder that may be whole, but that cannot be reached now."""
 
 
 def place_of(given: Path | str) -> Place:
@@ -73,20 +73,17 @@ def sizes_in(folder: Place) -> dict[str, int]:
         StoreError: If it cannot be read.
     """
     try:
-        if isinstance(folder, Path):
-            with os.scandir(folder) as entries:
-                sizes = ((entry.name, _size_of(entry)) for entry in entries)
-                return {name: size for name, size in sizes if size is not None}
-        files, root = filesystem(folder)
-        files.invalidate_cache()
-        found = files.ls(root, detail=True)
-        return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+        with _reaching("read", folder):
+            if isinstance(folder, Path):
+                with os.scandir(folder) as entries:
+                    sizes = ((entry.name, _size_of(entry)) for entry in entries)
+                    return {name: size for name, size in sizes if size is not None}
+            files, root = filesystem(folder)
+            files.invalidate_cache()
+            found = files.ls(root, detail=True)
+            return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
     except FileNotFoundError:
         return {}
-    except (StoreError, MissingDependencyError):
-        raise
-    except Exception as error:  # each kind of storage has its own
-        raise StoreError(f"expected to read '{folder}', but: {error}") from error
 
 
 def exists(place: Place) -> bool:
@@ -95,15 +92,11 @@ def exists(place: Place) -> bool:
     Raises:
         StoreError: If that cannot be told.
     """
-    try:
+    with _reaching("read", place):
         if isinstance(place, Path):
             return place.exists()
         files, path = filesystem(place)
         return files.exists(path)
-    except (StoreError, MissingDependencyError):
-        raise
-    except Exception as error:  # each kind of storage has its own
-        raise UnreachableError(f"expected to read '{place}', but: {error}") from error
 
 
 def read_bytes(place: Place, start: int | None = None, end: int | None = None) -> bytes:
@@ -114,17 +107,13 @@ def read_bytes(place: Place, start: int | None = None, end: int | None = None) -
         UnreachableError: If it cannot be read.
         StoreError: If its address is none.
     """
-    try:
+    with _reaching("read", place):
         if isinstance(place, Path):
             with place.open("rb") as file:
                 file.seek(start or 0)
                 return file.read() if end is None else file.read(end - (start or 0))
         files, path = filesystem(place)
         return files.cat_file(path, start, end)
-    except (FileNotFoundError, StoreError, MissingDependencyError):
-        raise
-    except Exception as error:  # each kind of storage has its own
-        raise UnreachableError(f"expected to read '{place}', but: {error}") from error
 
 
 def write_bytes(place: Place, data: bytes) -> None:
@@ -149,18 +138,12 @@ def remove(place: Place) -> None:
     Raises:
         StoreError: If it cannot be removed.
     """
-    try:
+    with suppress(FileNotFoundError), _reaching("remove", place):
         if isinstance(place, Path):
             place.unlink()
             return
         files, path = filesystem(place)
         files.rm_file(path)
-    except FileNotFoundError:
-        return
-    except (StoreError, MissingDependencyError):
-        raise
-    except Exception as error:
-        raise StoreError(f"expected to remove '{place}', but: {error}") from error
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -182,6 +165,17 @@ def filesystem(address: str) -> tuple[Any, str]:
         ) from error
     except Exception as error:
         raise StoreError(f"expected an address that fsspec knows, got '{address}': {error}") from error
+
+
+@contextmanager
+def _reaching(what: str, place: Place) -> Iterator[None]:
+    """Make one error of those that each kind of storage has of its own; that something is not there stays as it is."""
+    try:
+        yield
+    except (FileNotFoundError, StoreError, MissingDependencyError):
+        raise
+    except Exception as error:
+        raise UnreachableError(f"expected to {what} '{place}', but: {error}") from error
 
 
 @contextmanager

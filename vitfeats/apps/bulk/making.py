@@ -58,7 +58,8 @@ class ShardMaker:
     """Makes shards of a store with one model on one device.
 
     Which images share a forward pass follows from the shard and the batch size alone, so a shard has the same bytes
-    wherever and whenever it is made, as long as the arithmetic of the device is the same.
+    wherever and whenever it is made, as long as the arithmetic of the device is the same, and batches fit in memory:
+    the images of one that does not are read one by one.
 
     Args:
         extractor: The model.

@@ -188,7 +188,7 @@ class Store:
         """Read every shard, and yield those that are missing, cut off or changed, or not of this store.
 
         Raises:
-            StoreError: If the object storage that they lie in cannot be read now, which tells nothing of them.
+            StoreError: If the disk or the storage that they lie on cannot be read now, which tells nothing of them.
         """
         missing = set(self.missing())
         tables = sizes_in(joined(self.path, POOLED)) if self.settings.get(POOLED) else None
