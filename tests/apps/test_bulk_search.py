@@ -292,7 +292,7 @@ def test_what_is_not_finite_is_no_hit_and_zero_has_score_zero(tmp_path):
 
 def test_missing_shards_are_told(store):
     store.shard_path(2).unlink()
-    message = "expected a whole store, but 1 of 4 shards of '.*' are missing; extract into it again"
+    message = "expected a whole store, but in '.*' 1 of 4 shards are missing; run the extraction again"
     for search in (
         lambda: search_images(store, random(0, 1, DIM)),
         lambda: search_patches(store, IMAGES["00.png"]["key@1"], [(1, 1)]),
@@ -496,7 +496,7 @@ def test_an_index_of_another_store_or_of_before_is_refused(store, tmp_path):
     build_index(Store(store.path))
     search_images(Store(store.path), random(0, 1, DIM), index=path)
     store.shard_path(1).unlink()
-    with pytest.raises(StoreError, match="1 of 4 shards of '.*' are missing"):
+    with pytest.raises(StoreError, match="in '.*' 1 of 4 shards are missing"):
         open_index(store, path)
 
 

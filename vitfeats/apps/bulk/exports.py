@@ -205,12 +205,7 @@ def _checked(store: Store, target: Path, taps: str | Sequence[str] | None, dtype
     if target.parent.resolve() == Path(store.path).resolve():  # the store may be an address
         # A run on the store takes what is half-written there for its own, and removes it.
         raise ConfigError(f"expected a path outside the store, got '{target}'; export to another folder")
-    missing = len(store.missing())
-    if missing:
-        raise StoreError(
-            f"expected a whole store, but in '{store.path}' {missing} of {store.shards} shards are missing; run the "
-            "extraction again with the same settings, which makes them"
-        )
+    store.check_whole()
     if len(store.broken()) == len(store.ids):
         raise StoreError(f"expected images that could be read, but in '{store.path}' there is none")
     return chosen

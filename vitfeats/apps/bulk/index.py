@@ -100,7 +100,7 @@ def build_index(
     faiss = _faiss()
     if of not in get_args(Of):
         raise ConfigError(f"expected of='images' or of='patches', got {of!r}")
-    check_whole(store)
+    store.check_whole()
     tap = store.taps[0] if tap is None else tap
     folder = _folder(store, tap, of, path)
     state = _state(store)  # before the first row is read: what changes meanwhile makes the index one of before
@@ -148,7 +148,7 @@ def open_index(store: Store, path: Path | str) -> Index:
     about = _about(folder)
     if about is None:
         raise StoreError(f"expected an index ({FORMAT}) at '{folder}', but there is none; build_index makes one")
-    check_whole(store)
+    store.check_whole()
     if about["store"] != _state(store):
         raise StoreError(
             f"expected an index of '{store.path}' as it is now, but '{folder}' was built of another store, or before "
@@ -168,16 +168,6 @@ def open_index(store: Store, path: Path | str) -> Index:
 def place_told(store: Store) -> str:
     """Return where a store is, the same text however its path was given."""
     return str(store.path.resolve() if isinstance(store.path, Path) else store.path)
-
-
-def check_whole(store: Store) -> None:
-    """Raise ``StoreError`` if shards of a store are missing."""
-    missing = store.missing()
-    if missing:
-        raise StoreError(
-            f"expected a whole store, but {len(missing)} of {store.shards} shards of '{store.path}' are missing; "
-            "extract into it again, which makes what is missing"
-        )
 
 
 def vectors_of(rows: Rows, of: Of) -> tuple[Float[Tensor, "rows dim"], list[int]]:

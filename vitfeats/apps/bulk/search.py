@@ -13,7 +13,6 @@ from vitfeats.apps.bulk.index import (
     Index,
     Of,
     build_index,
-    check_whole,
     open_index,
     place_told,
     rows_of_block,
@@ -175,7 +174,7 @@ def _search(
     if not bool(asked.isfinite().all()):
         raise ShapeError("expected finite queries, got NaN or infinity")
     if index is None:
-        check_whole(store)
+        store.check_whole()
         return _exact(store, asked, of, store.taps[0] if tap is None else tap, k, per_image, chunk)
     opened = index if isinstance(index, Index) else open_index(store, index)
     if opened.store != place_told(store) or opened.of != of or tap not in (None, opened.tap):

@@ -148,6 +148,19 @@ class Store:
         there = sizes_in(self.path)
         return [number for number in range(self.shards) if shard_name(number) not in there]
 
+    def check_whole(self) -> None:
+        """Refuse a store that lacks something.
+
+        Raises:
+            StoreError: If shards are missing.
+        """
+        missing = len(self.missing())
+        if missing:
+            raise StoreError(
+                f"expected a whole store, but in '{self.path}' {missing} of {self.shards} shards are missing; run the "
+                "extraction again with the same settings, which makes them"
+            )
+
     def each(self) -> Iterator[tuple[str, Descriptors]]:
         """Iterate over all images that could be read, in order, a shard after the other.
 
