@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import vitfeats as vf
@@ -39,6 +39,7 @@ WITHIN = 16.0  # pixels from the truth that count as right
 INVERSION_STEPS = 300  # of each; about a minute on one core
 METHODS = (("adain", "AdaIN"), ("sanet", "SANet"), ("adaattn", "AdaAttN"))
 GREEN, RED = (40, 200, 80), (230, 40, 40)
+CARD = (480, 240)  # width and height of a card of the home page
 
 
 def pca(extractor: vf.Extractor) -> Image.Image:
@@ -411,6 +412,17 @@ def squared(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
+def card(*parts: tuple[str, tuple[int, int, int, int]]) -> Callable[[vf.Extractor], Image.Image]:
+    """Return what draws a card of the home page: parts of other pictures, (left, top, right, bottom), side by side."""
+
+    def draw(_extractor: vf.Extractor) -> Image.Image:
+        width = round((CARD[0] - 2 * (len(parts) - 1)) / len(parts))
+        cut = [Image.open(ASSETS / f"{name}.jpg").crop(box) for name, box in parts]
+        return beside([ImageOps.fit(part, (width, CARD[1]), Image.Resampling.LANCZOS) for part in cut], gap=2)
+
+    return draw
+
+
 PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     draw.__name__: draw
     for draw in (
@@ -445,6 +457,27 @@ PICTURES: dict[str, Callable[[vf.Extractor], Image.Image]] = {
     )
 }
 """Every picture by its name."""
+
+# After the pictures that they are cut from.
+PICTURES |= {
+    "card_pca": card(("pca", (4, 4, 404, 404)), ("pca", (4, 428, 404, 828))),
+    "card_similarity": card(("similarity_pair", (31, 4, 298, 271)), ("similarity_pair", (31, 282, 298, 549))),
+    "card_matching": card(("matches", (221, 4, 1027, 407))),
+    "card_splicing": card(
+        ("splice", (0, 25, 330, 355)), ("splice", (338, 25, 668, 355)), ("splice", (676, 25, 1006, 355))
+    ),
+    "card_style": card(
+        ("styles", (0, 21, 240, 261)), ("styles", (248, 21, 488, 261)), ("styles", (992, 21, 1232, 261))
+    ),
+    "card_cosegmentation": card(
+        ("cosegment", (238, 20, 468, 250)), ("cosegment", (238, 278, 468, 508)), ("cosegment", (238, 536, 468, 766))
+    ),
+    "card_inversion": card(
+        ("inversion", (0, 28, 400, 283)), ("inversion", (408, 28, 808, 283)), ("inversion", (816, 610, 1216, 865))
+    ),
+    "card_hyperfeatures": card(("inversion", (0, 28, 400, 283)), ("hyperfeatures", (0, 248, 258, 420))),
+    "card_search": card(("search", (28, 26, 234, 232)), ("search", (430, 26, 636, 232))),
+}
 
 
 def named(found: vf.Descriptors) -> list[tuple[str, vf.Descriptor]]:

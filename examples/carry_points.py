@@ -1,6 +1,9 @@
-"""Carry points of a photograph to a warped copy of it, log-binned and refined, and measure how far off they are.
+"""Carry points to a warped photograph.
 
-The warp is known, so the truth is. Four ways are compared; the picture shows the best of them.
+Points of a cat are carried to a copy of it that is turned far and tilted. The warp is known, so the script can print
+how far off they are. Four ways are compared: the nearest token, the nearest log-binned token, and two that look between
+tokens. The picture shows every second point, where the best of the four ways put it, and a ring where it should be.
+Seconds on a CPU.
 
     python examples/carry_points.py --out carry_points.png
 """
@@ -31,12 +34,10 @@ def main(out: Path = Path("carry_points.png")) -> Path:
         print(f"{name}: median {median:.1f} pixels off, {len(pair.points_a)} points", file=sys.stderr)
 
     best = min(medians, key=lambda name: medians[name])
-    carried = ways[best]
-    index_a = a.grid.index_of(a.frames[0].to_network(pair.points_a))
-    index_b = b.grid.index_of(b.frames[0].to_network(carried))
-    shown = vf.Matches(pair.points_a, carried, carried.new_ones(len(carried)), index_a, index_b)
-    vf.plot.matches(pair.image_a, pair.image_b, shown, most=30).save(out)
-    print(f"wrote {out}: 30 of {len(shown)} points, {best}")
+    shown = slice(None, None, 2)
+    carried, targets = ways[best][shown], pair.points_b[shown]
+    vf.plot.points(pair.image_a, pair.points_a[shown], pair.image_b, carried, targets=targets).save(out)
+    print(f"wrote {out}: {len(carried)} of {len(pair.points_a)} points, {best}")
     return out
 
 

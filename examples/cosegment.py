@@ -1,7 +1,8 @@
-"""Co-segmentation: a flower is cut out of its photograph, put on four others, and found again there.
+"""Co-segmentation: cut out what photographs share.
 
-The masks that are found are measured against where the flower was put: intersection over union, beside an ellipse in
-the middle of the image. Then its parts. Half a minute on a CPU.
+A flower is cut out of its photograph, put on four others, and found again there, then divided into three parts. The
+masks are measured against where the flower was put: intersection over union, beside an ellipse in the middle of the
+image. The picture shows what was found on the left, and its parts on the right. Half a minute on a CPU.
 
     python examples/cosegment.py --out cosegmentation.png
     python examples/cosegment.py --images my_folder --out cosegmentation.png

@@ -1,11 +1,12 @@
-"""Your own loss, made from descriptors: repaint the cat with the token statistics of a flower.
+"""Your own loss: a cat in the colours of a flower.
 
 Two terms, both functions of descriptors of one forward pass: the self-similarity of keys holds the layout of the cat,
-and the mean and covariance of shallow tokens (our own loss) bring the colours of the flower. A minute or two on a CPU.
+and the mean and covariance of shallow tokens (our own loss) bring the colours of the flower. The picture shows the cat,
+the flower, and the result. A minute or two on a CPU.
 
     python examples/custom_loss.py --out custom_loss.png
 
-VITFEATS_EXAMPLE_STEPS sets the number of steps, 100 if it is not set.
+`VITFEATS_EXAMPLE_STEPS` sets the number of steps, 100 if it is not set.
 """
 
 import os

@@ -1,7 +1,8 @@
-"""Hyperfeatures of two photographs, without a download: what a diffusion model knows of them, as colours and matches.
+"""What a diffusion model knows of two portraits.
 
-Two portraits are carried to noise by the bundled diffusion model, step by step; the maps of its layers at all kept
-steps are aggregated into one descriptor for each. Seconds on a CPU.
+The portraits are carried to noise by the bundled diffusion model, step by step; the maps of its layers at all kept
+steps are aggregated into one descriptor for each, its hyperfeatures. The picture shows them as colours, and below as
+matches. Seconds on a CPU, and nothing is downloaded.
 
     python examples/hyperfeatures.py --out hyperfeatures.png
 """

@@ -1,11 +1,12 @@
-"""Which picture has these features? The keys of a cat give back the cat, and CLS only what it is made of.
+"""Which picture has these features?
 
-Trains a small network to paint a picture whose features equal the cat's: first the keys of the last layer, then CLS at
-four depths. Some minutes on a CPU.
+The keys of a cat give back the cat, and CLS only what it is made of. A small network is trained to paint a picture
+whose features equal the cat's: first the keys of the last layer, then CLS at four depths. The picture shows the cat,
+then what each of the five gives back. Some minutes on a CPU.
 
     python examples/invert.py --out invert.png
 
-VITFEATS_EXAMPLE_STEPS sets the number of steps, 200 if it is not set.
+`VITFEATS_EXAMPLE_STEPS` sets the number of steps, 200 if it is not set.
 """
 
 import os

@@ -1,6 +1,10 @@
-"""Match the two images of a stereo pair, and measure the matches against its known disparity.
+"""Match the two images of a stereo pair.
 
-python examples/match_stereo.py --out match_stereo.png
+The disparity of the pair is known, so the script can print how many of the mutual matches are right within 8, 16 and 32
+pixels. The picture shows 40 of them, drawn at random: a right match is a level line, because the pair is rectified.
+Seconds on a CPU.
+
+    python examples/match_stereo.py --out match_stereo.png
 """
 
 import sys

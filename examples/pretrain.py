@@ -1,9 +1,11 @@
-"""Train a small vision transformer on a handful of photographs, without labels, and look at the curves.
+"""Train a small vision transformer on six photographs.
 
-Two minutes on a CPU, from random weights: enough to see the losses fall, not to make a good model. Drawn: the curves,
-and the principal components of a cat's patches.
+Two minutes on a CPU, without labels, from random weights: enough to see the losses fall, not to make a good model.
+Drawn: the curves, and the principal components of a cat's patches.
 
     python examples/pretrain.py --out pretrain.png
+
+`VITFEATS_EXAMPLE_STEPS` sets a number of steps in place of the two minutes.
 """
 
 import os

@@ -1,11 +1,12 @@
-"""Splice: the astronaut's pose in the colours of Grace Hopper's portrait, with the bundled model.
+"""Splice: the pose of one portrait in the colours of another.
 
-Trains a small generator for this pair of pictures, about a minute on a CPU, and prints how the result measures:
-beside the two pictures themselves, and beside what matching the mean and spread of the colours would give.
+The astronaut's pose is painted in the colours of Grace Hopper's portrait, with the bundled model. A small generator is
+trained for this pair of pictures, about a minute on a CPU; then the script prints how the result measures: beside the
+two pictures themselves, and beside what matching the mean and spread of the colours would give.
 
     python examples/splice.py --out splice.png
 
-VITFEATS_EXAMPLE_STEPS sets the number of steps; the preset "fast" has 150.
+`VITFEATS_EXAMPLE_STEPS` sets the number of steps; the preset "fast" has 150.
 """
 
 import os

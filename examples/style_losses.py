@@ -1,13 +1,13 @@
-"""Losses of style transfer from descriptors of two networks: the cat in stained glass.
+"""Losses of style transfer: a cat in stained glass.
 
 Tokens of a vision transformer hold the content. Maps of a small VGG bring the style: the means and deviations of their
-channels, and at relu3_1 each token apart, recoloured by the tokens of the style most like it. A small network, trained
-on this one picture, paints it: its structure makes smooth pictures, where free pixels would become noise that pleases
-the losses. About a minute on a CPU.
+channels, and at `relu3_1` each token apart, recoloured by the tokens of the style most like it. A small network,
+trained on this one picture, paints it: its structure makes smooth pictures, where free pixels would become noise that
+pleases the losses. About a minute on a CPU.
 
     python examples/style_losses.py --out style_losses.png
 
-VITFEATS_EXAMPLE_STEPS sets the number of steps, 80 if it is not set.
+`VITFEATS_EXAMPLE_STEPS` sets the number of steps, 80 if it is not set.
 """
 
 import os

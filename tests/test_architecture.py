@@ -19,7 +19,8 @@ ORDER = [
     ["api"],
 ]
 HELPERS = ["similarity", "pooling", "attention_maps", "pca", "matching", "losses", "plot"]
-AFTER = [["samples", "patterns", "testing", "runs"], ["apps.evaluation"], ["apps"], ["cli"]]
+# The demo shows what the other apps do, and so comes after them.
+AFTER = [["samples", "patterns", "testing", "runs"], ["apps.evaluation"], ["apps"], ["apps.demo"], ["cli"]]
 PACKAGES = ["__init__", "apps", "extractors", "models", "nets"]  # their __init__ holds nothing but a sentence
 TORCH_FREE = ["errors", "configs", "cli", "__init__"]
 HEAVY = {"torch", "torchvision", "timm", "transformers", "diffusers", "sklearn", "skimage", "matplotlib", "numpy"}
@@ -65,9 +66,14 @@ def _level(module: str) -> tuple[str, int]:
             return "core", number
     if module in HELPERS:
         return "helper", HELPERS.index(module)
-    for number, names in enumerate(AFTER):
-        if any(module == name or module.startswith(f"{name}.") for name in names):
-            return "after", number
+    found = {
+        name: number
+        for number, names in enumerate(AFTER)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    }
+    if found:
+        return "after", found[max(found, key=len)]  # an app that has a place of its own
     raise AssertionError(f"module {module} has no place in the order; give it one")
 
 
@@ -93,7 +99,8 @@ def test_every_module_imports_only_what_stands_before_it():
 
 
 def test_no_app_imports_another():
-    apps = {m: p for m, p in _modules().items() if m.startswith("apps.") and not m.startswith("apps.evaluation")}
+    shared = ("apps.evaluation", "apps.demo")
+    apps = {m: p for m, p in _modules().items() if m.startswith("apps.") and not m.startswith(shared)}
     for module, path in apps.items():
         for other in _own(path):
             itself = ".".join(module.split(".")[:2])  # an app may be a package

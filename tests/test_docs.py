@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 
 import vitfeats as vf
 from vitfeats import api, cli, testing
@@ -17,7 +19,8 @@ from vitfeats.models import libraries
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "vitfeats" / "assets" / "README.md"]
+GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.md"))
+LINKING = [*PAGES, *GALLERY, ROOT / "CHANGELOG.md", ROOT / "vitfeats" / "assets" / "README.md"]
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -57,6 +60,11 @@ def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"[\s-]+", "-", heading) for heading in plain} | set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
+
+
+def page_text(name: str) -> str:
+    """Return the text of a page of docs/."""
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def generator() -> Any:
@@ -104,8 +112,8 @@ def test_the_test_of_links_sees_a_missing_file_and_a_missing_anchor(tmp_path: Pa
 
 
 def test_pictures_are_small() -> None:
-    sizes = {picture.name: picture.stat().st_size for picture in (ROOT / "docs" / "assets").iterdir()}
-    assert sizes
+    sizes = {picture: picture.stat().st_size for picture in (ROOT / "docs" / "assets").rglob("*.*")}
+    assert {picture.parent.name for picture in sizes} == {"assets", "gallery"}
     assert all(size < 150_000 for size in sizes.values()), sizes
 
 
@@ -113,6 +121,13 @@ def test_every_picture_is_shown_and_made() -> None:
     shown = set(re.findall(r"\(assets/(\w+)\.jpg\)", "".join(page.read_text(encoding="utf-8") for page in PAGES)))
     assert shown == {picture.stem for picture in (ROOT / "docs" / "assets").glob("*.jpg")}
     assert shown == set(script("pictures").PICTURES)
+
+
+def test_every_picture_of_the_gallery_is_shown_and_made() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in GALLERY if page.stem != "index")
+    shown = re.findall(r"\(\.\./assets/gallery/(\w+)\.jpg\)", text)
+    assert sorted(shown) == sorted(picture.stem for picture in (ROOT / "docs" / "assets" / "gallery").iterdir())
+    assert sorted(shown) == sorted(name for example in script("gallery").examples() for name in example.pictures)
 
 
 def test_readme_has_both_commands() -> None:
@@ -185,8 +200,49 @@ def test_every_sample_in_a_picture_is_credited() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    navigation = re.findall(r"^ +- .+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(navigation) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    navigation = re.findall(r"^ +- .+: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    docs = ROOT / "docs"
+    assert sorted(navigation) == sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md"))
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert cited["version"] == vf.__version__
+    assert (cited["title"], cited["license"], cited["authors"]) == (
+        project["name"],
+        project["license"],
+        project["authors"],
+    )
+    page = page_text("citation")
+    assert f"version = {{{vf.__version__}}}" in page
+    assert cited["authors"][0]["name"] in page
+
+
+def test_every_extra_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = page_text("install")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("measured", "quoted"),
+    [
+        ("key@5: timm forward_intermediates / ours", "2.16"),
+        ("key@5: transformers output_hidden_states / ours", "2.30"),
+        ("three taps in one call / the deepest alone", "1.03"),
+        ("match_mutual: scikit-learn NearestNeighbors both ways / ours", "1.91"),
+        ("match_mutual: faiss IndexFlatIP both ways / ours", "1.12"),
+        ("top_k(10): faiss IndexFlatIP / ours", "0.70"),
+        ("log_bin: the loop over pixels / ours", "12.3"),
+        ("import vitfeats: import torch / ours", "276"),
+    ],
+)
+def test_performance_quotes_the_benchmarks_as_they_stand(measured: str, quoted: str) -> None:
+    found = re.search(rf"^\| {re.escape(measured)} \| ([\d.]+) \|", page_text("benchmarks"), re.MULTILINE)
+    assert found is not None
+    assert float(quoted) == pytest.approx(float(found[1]), rel=0.005)
+    assert re.search(rf"\b{re.escape(quoted)}\b", page_text("performance"))
 
 
 @pytest.mark.slow

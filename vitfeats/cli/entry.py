@@ -28,6 +28,7 @@ from vitfeats.cli.reading import (
     similarity,
 )
 from vitfeats.cli.segmenting import Cosegment, run_cosegment
+from vitfeats.cli.showing import Demo, demo
 from vitfeats.cli.storing import Bulk, OnStore, bulk, on_store
 from vitfeats.cli.styling import Stylize, TrainStylizer, run_stylize, train
 from vitfeats.cli.training import Pretrain, TrainDiffusion, TrainHyperfeatures, aggregation, diffusion, pretrained
@@ -50,6 +51,7 @@ Command = (
     | Annotated[Pretrain, subcommand("pretrain")]
     | Annotated[TrainStylizer, subcommand("train-stylizer")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Demo, subcommand("demo")]
     | Annotated[Models, subcommand("models")]
 )
 
@@ -70,6 +72,7 @@ RUN: dict[type, Any] = {
     Pretrain: pretrained,
     TrainStylizer: train,
     Eval: evaluate,
+    Demo: demo,
     Models: models,
 }
 """What runs each command."""

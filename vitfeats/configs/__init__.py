@@ -1,6 +1,7 @@
 """Run settings, as frozen dataclasses of the standard library: the command line reads them without torch."""
 
 from vitfeats.configs.cosegmentation import COSEGMENT_PRESETS, CosegmentConfig, CosegmentPreset
+from vitfeats.configs.demo import DemoConfig
 from vitfeats.configs.diffusion import DIFFUSION_PRESETS, DiffusionConfig, DiffusionPreset
 from vitfeats.configs.evaluation import MEANS, PCK_PROTOCOLS, PckProtocol, ProtocolName
 from vitfeats.configs.extraction import ExtractorConfig
@@ -17,6 +18,7 @@ __all__ = [
     "CosegmentConfig",
     "CosegmentPreset",
     "DIFFUSION_PRESETS",
+    "DemoConfig",
     "DiffusionConfig",
     "DiffusionPreset",
     "ExtractorConfig",

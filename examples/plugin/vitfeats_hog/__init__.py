@@ -1,8 +1,8 @@
-"""Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) as a model of vitfeats.
+"""A plug-in that adds a model: histograms of oriented gradients.
 
-A plug-in is a network, a card that says what is known about it, something that reads it, and an entry point. Where
-the network is a vision transformer or gives maps, vitfeats reads it by itself; this one has an extractor of its own,
-because its cells may overlap.
+The histograms are those of Dalal and Triggs (CVPR 2005). A plug-in is a network, a card that says what is known about
+it, something that reads it, and an entry point. Where the network is a vision transformer or gives maps, vitfeats reads
+it by itself; this one has an extractor of its own, because its cells may overlap.
 """
 
 import math
