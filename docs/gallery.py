@@ -110,7 +110,10 @@ def tour(path: Path) -> Example:
     cells = cells_of(path)
     heading, _, first = _text_of(cells[0]).partition("\n")
     code = "\n".join(_text_of(cell) for cell in cells if cell["cell_type"] == "code")
-    run = f"The notebook is `examples/{path.name}` in the repository. It runs from the first cell to the last."
+    run = (
+        f"The notebook is `examples/{path.name}` in the repository and runs from the first cell to the last: "
+        f"`pip install jupyterlab`, then `jupyter lab examples/{path.name}`. What its cells print is left out here."
+    )
     parts = [run, first.strip()]
     section = ""
     for cell in cells[1:]:

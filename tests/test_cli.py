@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusions
 import numpy as np
@@ -15,8 +16,8 @@ import vitfeats as vf
 from vitfeats import cli
 from vitfeats.apps import style_transfer
 from vitfeats.apps.style_transfer import stylize, stylizer
-from vitfeats.cli import entry
-from vitfeats.cli.reading import Models
+from vitfeats.cli import entry, styling
+from vitfeats.cli.reading import Extract, Models
 from vitfeats.descriptor import Descriptor
 from vitfeats.models.stylizers import pack
 from vitfeats.nets.stylizing import NETWORKS
@@ -142,13 +143,55 @@ def test_what_cannot_be_done_is_said_in_one_line(capsys, tmp_path, images, argum
     assert "Traceback" not in err
 
 
+def test_a_folder_stands_for_the_pictures_in_it(capsys, tmp_path, images):
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", "deeper/c.png"):
+        vf.samples.cat().resize((80, 60)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    code, said, _ = run(capsys, "extract", folder, images[0], "--out", out, "--json", "--tap", "cls@3", *SMALL)
+    assert code == 0
+    written = [f"{name}.cls@3.safetensors" for name in ("a.JPG", "b.png", "cat.jpg")]
+    assert json.loads(said)["written"] == [str(out / name) for name in written]
+    code, said, _ = run(capsys, "pca", folder, "--out", tmp_path / "p.png", "--tap", "key@3", *SMALL)
+    assert (code, said) == (0, f"{tmp_path / 'p.png'}: key@3 of mini, 2 images\n")
+    for name in ("a.JPG", "b.png"):
+        (folder / name).unlink()
+    for command in ("extract", "pca"):
+        code, _, err = run(capsys, command, folder, "--out", tmp_path / "none", *SMALL)
+        assert code == 1
+        assert f"ConfigError: expected pictures (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff) in '{folder}'" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("similarity", "folder"),
+        ("match", "cat.jpg", "folder"),
+        ("splice", "cat.jpg", "folder", "--preset", "draft"),
+        ("invert", "folder", "--preset", "draft"),
+        ("stylize", "cat.jpg", "--style", "folder"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_refused_in_words_of_the_command_line(
+    capsys, tmp_path, images, monkeypatch, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    code, said, err = run(capsys, *arguments, "--device", "cpu")
+    assert (code, said) == (1, "")
+    told = "ImageError: expected an image file, got the folder 'folder'; give the files in it: folder/*.jpg"
+    assert err == f"vitfeats: {told}\n"
+
+
 # pictures -------------------------------------------------------------------------------------------------------------
 
 
 def test_pca_of_files(capsys, tmp_path, images):
     out = tmp_path / "colours.png"
     code, said, _ = run(capsys, "pca", *images, "--out", out, "--tap", "key@11", *SMALL)
-    assert (code, said) == (0, f"{out}: key@11 of mini, 2 image(s)\n")
+    assert (code, said) == (0, f"{out}: key@11 of mini, 2 images\n")
     is_picture(out)
 
 
@@ -170,18 +213,45 @@ def test_pca_of_a_sample_as_json(capsys, tmp_path):
     is_picture(out)
 
 
-def test_similarity_of_an_image_with_itself_finds_the_point(capsys, tmp_path, images):
+@pytest.mark.parametrize("point", [(75, 40), (0, 0), (150, 100)])
+def test_similarity_of_an_image_with_itself_looks_away_from_the_point(capsys, tmp_path, images, mini, point):
     out = tmp_path / "similar.png"
-    code, said, _ = run(
-        capsys, "similarity", images[0], "--point", "75", "40", "--tap", "key@11", "--out", out, "--json", *SMALL
-    )
+    asked = ("similarity", images[0], "--point", *point, "--tap", "key@11", "--out", out, *SMALL)
+    code, said, _ = run(capsys, *asked, "--json")
     assert code == 0
     facts = json.loads(said)
-    assert facts["point"] == [75, 40]
+    assert facts["point"] == list(point)
+    is_picture(out)
+    # Token by token: the best of those that are two or more away from the point's own, in rows or in columns.
+    d = mini.resized(stride=8)(images[0], "key@11")
+    alike = vf.similarity_map(d, [point], d)[0]
+    step = np.array([150 / d.grid.network_size[1], 100 / d.grid.network_size[0]])  # source pixels of a network pixel
+    centres = {(r, c): (np.array([c, r]) * 8 + 8) * step for r in range(d.grid.rows) for c in range(d.grid.cols)}
+    own = min(centres, key=lambda token: float((((centres[token] - point) / step) ** 2).sum()))
+    away = [token for token in centres if max(abs(token[0] - own[0]), abs(token[1] - own[1])) > 1]
+    best = max(away, key=lambda token: float(alike[token]))
+    assert facts["most_similar"] == pytest.approx(centres[best], abs=1e-2)
+    assert facts["similarity"] == pytest.approx(float(alike[best]), abs=1e-4)
+    x, y = facts["most_similar"]
+    where = f"most similar away from the point, outside of the 3×3 tokens around it at x={x:.1f} y={y:.1f}"
+    assert run(capsys, *asked)[:2] == (0, f"{out}: {where} ({facts['similarity']:.3f})\n")
+
+
+def test_an_image_of_few_tokens_has_none_away_from_the_point(capsys, tmp_path, images):
+    given = ("--size", 16, "--device", "cpu", "--out", tmp_path / "s.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    code, _, err = run(capsys, "similarity", tmp_path / "small.png", *given)
+    assert code == 1
+    assert "ConfigError: expected tokens away from the point, got a grid of 1×1; raise --size, lower --stride" in err
+    assert run(capsys, "similarity", tmp_path / "small.png", images[0], *given)[0] == 0
+
+
+def test_similarity_of_two_files_is_not_kept_away_from_the_point(capsys, tmp_path, images):
+    given = ("--point", 75, 40, "--tap", "key@11", "--out", tmp_path / "s.png", "--json", *SMALL)
+    facts = json.loads(run(capsys, "similarity", images[0], images[0], *given)[1])
     assert facts["similarity"] > 0.9
     # Within one token (8 of 112 pixels, here about 7 source pixels) of where it was asked.
     assert np.abs(np.subtract(facts["most_similar"], [75, 40])).max() < 8
-    is_picture(out)
 
 
 def test_similarity_asks_for_the_middle_unless_told(capsys, tmp_path, images):
@@ -193,7 +263,10 @@ def test_similarity_asks_for_the_middle_unless_told(capsys, tmp_path, images):
     assert 0 <= facts["most_similar"][1] <= 120
     code, said, _ = run(capsys, "similarity", *images, "--out", tmp_path / "s.png", *SMALL)
     x, y = facts["most_similar"]
-    assert said == f"{tmp_path / 's.png'}: most similar at x={x:.1f} y={y:.1f} ({facts['similarity']:.3f})\n"
+    first, second = said.splitlines()
+    assert first == f"{tmp_path / 's.png'}: most similar at x={x:.1f} y={y:.1f} ({facts['similarity']:.3f})"
+    assert second == "point: the middle (75, 50); --point X Y asks about another"
+    assert "middle" not in run(capsys, "similarity", *images, "--point", 75, 50, "--out", tmp_path / "s.png", *SMALL)[1]
 
 
 def test_match(capsys, tmp_path, images, mini):
@@ -255,6 +328,30 @@ def test_a_point_outside_the_image(capsys, tmp_path, images):
     code, _, err = run(capsys, "similarity", *images, "--point", "149", "149", "--out", tmp_path / "p.png", *SMALL)
     assert code == 1
     assert "ShapeError: expected points (x, y) inside the image of 150×100 pixels, got [149.0, 149.0]" in err
+
+
+def test_splice_closes_with_a_narrow_table_and_all_measures_in_json(capsys, tmp_path, images):
+    given = ("splice", *images, "--preset", "draft", "--steps", 1, "--device", "cpu", "--out")
+    code, said, _ = run(capsys, *given, tmp_path / "out")
+    first, blank, head, *rows = said.splitlines()
+    assert (code, first, blank) == (0, f"{tmp_path / 'out' / 'result.png'}: 1 step, done", "")
+    assert head.split("  ")[-5:] == ["structure ↓", "appearance ↑", "foreground ↑", "patches ↓", "colours ↓"]
+    assert max(map(len, [head, *rows])) <= 80
+    code, said, _ = run(capsys, *given, tmp_path / "again", "--json")
+    measures = json.loads(said)["measures"]
+    assert [row.split("  ")[0] for row in rows] == list(measures)
+    shown = "structure_distance", "appearance_similarity", "foreground_iou", "patch_distance", "colour_distance"
+    for row, values in zip(rows, measures.values(), strict=True):
+        assert {"colour_shift", *shown} < set(values)
+        told = ["–" if values[name] is None else f"{values[name]:.3f}" for name in shown]
+        assert re.findall(r"-?\d+\.\d{3}|–", row) == told
+    # The arrows point to the better side: each image is best at what it gave.
+    structure, appearance = measures["structure image"], measures["appearance image"]
+    for name in ("structure_distance", "patch_distance"):
+        assert structure[name] < appearance[name]
+    assert structure["foreground_iou"] > appearance["foreground_iou"]
+    assert appearance["appearance_similarity"] > structure["appearance_similarity"]
+    assert appearance["colour_distance"] < structure["colour_distance"]
 
 
 # diffusion ------------------------------------------------------------------------------------------------------------
@@ -519,6 +616,60 @@ def test_stylize_leaves_out_frames_that_are_too_small_and_paints_over_none(capsy
     assert "expected image files or --sample NAME, one of the two" in err
 
 
+def test_stylize_reduces_a_large_content_unless_it_is_told_a_size(capsys, tmp_path, images, stylizers, monkeypatch):
+    monkeypatch.setattr(styling, "LARGEST", 40)
+    given = ("stylize", images[0], "--style", "pattern:dots", "--device", "cpu", "--out", tmp_path / "a.png")
+    style = vf.patterns.draw("dots", 256, 0)
+    for size, told, wanted in (
+        ((), "vitfeats: 150×100 is painted at 60×40; --size 0 keeps its own size\n", 40),
+        (("--size", 0), "", None),
+        (("--size", 48), "", 48),
+    ):
+        code, _, err = run(capsys, *given, *size)
+        assert (code, err) == (0, told)
+        made = stylize(images[0], style, size=wanted, device="cpu")
+        assert np.array_equal(painted(tmp_path / "a.png"), np.asarray(made.image))
+    monkeypatch.setattr(styling, "LARGEST", 100)  # as large as it may be
+    code, said, err = run(capsys, *given)
+    assert (code, said, err) == (0, f"{tmp_path / 'a.png'}: 150×100 pixels\n", "")
+
+
+def test_stylize_reduces_large_images_of_a_folder_and_says_it_once(capsys, tmp_path, frames, monkeypatch):
+    (frames / "bb.png").unlink()
+    Image.new("RGB", (40, 22), (200, 90, 30)).save(frames / "small.png")
+    monkeypatch.setattr(styling, "LARGEST", 24)
+    given = (
+        "stylize",
+        frames,
+        "--style",
+        "pattern:weave:1",
+        "--style-size",
+        32,
+        "--device",
+        "cpu",
+        "--method",
+        "adain",
+    )
+    code, _, err = run(capsys, *given, "--out", tmp_path / "reduced", "--json")
+    told = (
+        f"vitfeats: '{frames / 'a.jpg'}', 48×33, is painted at 35×24, and so are others whose shorter side is above 24"
+    )
+    assert (code, err) == (0, f"{told}; --size 0 keeps their own sizes\n")
+    style, settings = vf.patterns.draw("weave", 256, 1), {"method": "adain", "style_size": 32, "device": "cpu"}
+    for source, size in (("a.jpg", 24), ("c.png", 24), ("small.png", None)):
+        wanted = np.asarray(stylize(frames / source, style, size=size, **settings).image)
+        assert np.array_equal(painted(tmp_path / "reduced" / f"{source.partition('.')[0]}.png"), wanted), source
+    code, _, err = run(capsys, *given, "--out", tmp_path / "whole", "--json", "--size", 0)
+    assert (code, err) == (0, "")
+    assert painted(tmp_path / "whole" / "a.png").shape == (33, 48, 3)
+
+
+def test_the_largest_content_of_stylize_is_the_one_of_its_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["stylize", "--help"])
+    assert f"Default: their own, {styling.LARGEST} at most" in " ".join(capsys.readouterr().out.split())
+
+
 def test_stylize_says_which_method_it_took(capsys, tmp_path, images, stylizers):
     given = ("stylize", images[0], "--style", "pattern:dots", "--size", 32, "--device", "cpu", "--json")
     code, said, _ = run(capsys, *given, "--out", tmp_path / "a.png")
@@ -625,7 +776,10 @@ def test_stylize_paints_files_and_folders_of_one_call_into_a_folder(capsys, tmp_
             "ConfigError: expected a weight for each of 1",
         ),
         (["one.png", "--style", "pattern:glass", "--checkpoint", "a.pth"], "WeightsUnavailableError: expected the wei"),
-        (["one.png", "--style", "pattern:glass", "--encoder", "mini"], "ConfigError: expected checkpoint= with a net"),
+        (
+            ["one.png", "--style", "pattern:glass", "--encoder", "mini"],
+            "ConfigError: expected --checkpoint with a netw",
+        ),
         (["one.png", "--style", "pattern:glass", "--out", "a.x"], "ConfigError: expected a picture file that can be"),
         (["empty", "--style", "pattern:glass"], "ConfigError: expected pictures (.jpg, .jpeg, .png"),
         (["twins", "--style", "pattern:glass"], "ConfigError: expected images whose names differ in more than the su"),
@@ -736,8 +890,16 @@ def test_models_by_pattern_as_json(capsys):
     assert [card["name"] for card in cards] == [card.name for card in vf.list_models("dino_*")]
     assert 0 < len(cards) < len(vf.list_models())
     assert all({"patch", "dim", "depth", "licence"} <= set(card) for card in cards)
-    code, said, _ = run(capsys, "models", "no such*", "--json")
-    assert (code, json.loads(said)) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [("zzz", "vitfeats models lists them all"), ("zzz*", "vitfeats models lists them all"), ("dino", "try '*dino*'")],
+)
+def test_no_model_of_a_name_is_said_and_ends_with_1(capsys, pattern, hint):
+    told = f"vitfeats: no model is called '{pattern}'; {hint}\n"
+    assert run(capsys, "models", pattern) == (1, "", told)
+    assert run(capsys, "models", pattern, "--json") == (1, "[]\n", told)
 
 
 # how it ends ----------------------------------------------------------------------------------------------------------
@@ -780,6 +942,54 @@ def test_interruption_ends_with_130(capsys, monkeypatch):
     monkeypatch.setitem(entry.RUN, Models, interrupted)
     code, _, err = run(capsys, "models")
     assert (code, err) == (130, "vitfeats: interrupted\n")
+
+
+def test_the_version_is_told(capsys):
+    assert run(capsys, "--version") == (0, f"vitfeats {vf.__version__}\n", "")
+
+
+@pytest.mark.parametrize(("given", "near"), [("pac", "pca"), ("styliz", "stylize"), ("cosegmnt", "cosegment")])
+def test_a_mistyped_command_is_offered_the_nearest(capsys, given, near):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([given, "a.png"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"vitfeats: expected a command, got '{given}'. Did you mean '{near}'?\n"
+
+
+def test_missing_weights_are_told_in_words_of_the_command_line(capsys, tmp_path, images, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    code, _, err = run(capsys, "extract", images[0], "--model", "dino_vits8", "--out", tmp_path / "out", *SMALL)
+    first, second = err.splitlines()
+    assert code == 1
+    assert "the hub is switched off (HF_HUB_OFFLINE); pass --checkpoint FILE if you have them elsewhere" in first
+    assert "checkpoint=" not in first
+    assert second == "vitfeats: see Install, 'Without a network connection', in the documentation"
+    page = (Path(__file__).parent.parent / "docs" / "install.md").read_text(encoding="utf-8")
+    assert "\n## Without a network connection\n" in page
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("pass checkpoint='FILE' if", "pass --checkpoint FILE if"),
+        ("pass checkpoint='a b.pth'; or", "pass --checkpoint a b.pth; or"),
+        ("pass checkpoint=", "pass --checkpoint"),
+        ("lower size=, batch_size= or tap=", "lower --size, --batch-size or --tap"),
+        ("try size=224", "try --size 224"),
+        # Calls, values that no option has, and settings that the command lacks, stay as they are.
+        ("pass size=(h, w) to load", "pass size=(h, w) to load"),
+        ("load_extractor('a', checkpoint=FILE)", "load_extractor('a', checkpoint=FILE)"),
+        ("resume it (json=True, --resume)", "resume it (json=True, --resume)"),
+        ("pass card= and my_size=3", "pass card= and my_size=3"),
+    ],
+)
+def test_settings_in_messages_become_options(capsys, monkeypatch, told, expected):
+    def failing(_command):
+        raise vf.errors.ConfigError(told)
+
+    monkeypatch.setitem(entry.RUN, Extract, failing)
+    assert run(capsys, "extract", "a.png") == (1, "", f"vitfeats: ConfigError: {expected}\n")
 
 
 def test_help_imports_nothing_heavy():
@@ -881,7 +1091,7 @@ def test_cosegment_writes_masks_of_a_folder_and_those_in_it_but_for_broken_files
         assert np.array_equal(masks[segment.name], segment.mask * 255)
         assert 0 < segment.share < 0.7
     code, said, err = run(capsys, *COSEGMENT, *paths, "--out", tmp_path / "files", "--seed", 1)
-    assert (code, said) == (0, f"{tmp_path / 'files'}: masks of 3 image(s), none\n")
+    assert (code, said) == (0, f"{tmp_path / 'files'}: masks of 3 images, none\n")
     assert "reading" in err
     assert "vitfeats" not in err
     assert json.loads((tmp_path / "files" / "cosegmentation.json").read_text())["seed"] == 1
@@ -919,7 +1129,7 @@ def test_cosegment_finds_parts(capsys, tmp_path, balls):
         assert np.array_equal(parts > 0, mask > 0)
         assert set(np.unique(parts)) <= {0, 1, 2}
     code, said, _ = run(capsys, *COSEGMENT, balls, "--out", out, "--parts", 1)
-    assert (code, said) == (0, f"{out}: masks of 3 image(s), 1 parts, none\n")
+    assert (code, said) == (0, f"{out}: masks of 3 images, 1 part, none\n")
 
 
 def test_cosegment_takes_a_sample(capsys, tmp_path):
@@ -976,7 +1186,7 @@ def test_cosegment_says_in_which_images_nothing_was_found(capsys, tmp_path, ball
     (tmp_path / "settings.yaml").write_text("foreground: votes\nthreshold: 1\n")
     given = [*COSEGMENT, balls, "--config", tmp_path / "settings.yaml", "--out", tmp_path / "out"]
     code, said, _ = run(capsys, *given)
-    assert (code, said) == (0, f"{tmp_path / 'out'}: masks of 3 image(s), none; nothing found in 3 of them\n")
+    assert (code, said) == (0, f"{tmp_path / 'out'}: masks of 3 images, none; nothing found in 3 of them\n")
     code, said, _ = run(capsys, *given, "--json")
     assert (code, json.loads(said)["empty"]) == (0, ["a", "b", "c"])
     code, _, err = run(capsys, *given, "--parts", 2)
@@ -997,7 +1207,7 @@ def test_cosegment_says_in_which_images_nothing_was_found(capsys, tmp_path, ball
         (["balls", "--parts", "101"], "ConfigError: expected num_parts as a whole number from 1 to 100, got 101"),
         (["balls", "--seed", "-1"], "ConfigError: expected seed as a whole number from 0 to 2147483647, got -1"),
         (["balls", "--outliers", "2"], "ConfigError: expected outliers of at least -1 and at most 1, got 2.0"),
-        (["balls", "--outliers", "1"], "ConfigError: expected outliers= that some image passes, got 1.0"),
+        (["balls", "--outliers", "1"], "ConfigError: expected --outliers that some image passes, got 1.0"),
         (["balls", "--batch-size", "0"], "ConfigError: expected batch_size as a whole number from 1 to"),
         (["balls", "--stride", "5"], "ShapeError: expected a stride that divides the patch size 16, got 5"),
         (["balls", "--preset", "reference"], "ShapeError: expected heads from 0 to 2 of mini, got (0, 2, 4, 5)"),
@@ -1116,5 +1326,7 @@ def test_a_search_that_cannot_be_done_is_told(capsys, tmp_path, balls, stored):
     assert (code, "what the store was made of, but it has no 'a.png'" in err) == (1, True)
     code, _, err = run(capsys, *given[:3], balls / "other.png", "--model", "vgg_mini", "--device", "cpu")
     assert code == 1
+    code, _, err = run(capsys, "store", "search", stored, balls)
+    assert (code, f"got the folder '{balls}'; give the files in it" in err) == (1, True)
     code, _, err = run(capsys, "store", "search", tmp_path / "none", balls / "b.jpg")
     assert (code, "there is none" in err) == (1, True)

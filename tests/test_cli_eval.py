@@ -1,6 +1,8 @@
 """vitfeats eval: the table, the files, the pictures, and what is refused."""
 
 import json
+import re
+from typing import get_args, get_type_hints
 
 import layouts
 import pytest
@@ -17,6 +19,7 @@ from vitfeats.apps.evaluation import (
     evaluate_pck,
     rows,
 )
+from vitfeats.cli.measuring import Eval
 from vitfeats.configs import PckProtocol
 from vitfeats.pictures import read_pictures
 
@@ -76,7 +79,7 @@ def test_a_table_is_measured_on_both_kinds_of_data_in_folders_of_their_own(capsy
     more = ["--sample", "stereo", "--data", pictures, "--layout", "warps", "--subset", "2", "--side", "80"]
     code, said, _ = run(capsys, "--table", "bundled", *more, "--out", tmp_path)
     assert code == 0
-    assert said.index("stereo pair: 1 pairs") < said.index("warped images: 2 pairs")
+    assert said.index("stereo pair: 1 pair, ") < said.index("warped images: 2 pairs")
     assert said.count("| the same place |") == 2
     for kind in ("stereo", "warps"):
         assert (tmp_path / kind / "the-same-place" / "pck.json").is_file()
@@ -119,6 +122,17 @@ def test_a_run_goes_on_where_it_was(capsys, tmp_path, pictures, monkeypatch):
     code, _, told = run(capsys, *command, "--resume", "--seed", "5")
     assert code == 1
     assert "these differ: drawn: " in told
+
+
+def test_data_of_another_layout_are_told_which_there_are(capsys, tmp_path, pictures):
+    file = tmp_path / "pairs.json"
+    file.write_text("[]")
+    for data in (pictures, file):
+        code, said, error = run(capsys, "--data", data, *SMALL, "--out", tmp_path / "out")
+        assert (code, said) == (1, "")
+        assert f"expected data laid out as SPair-71k, but '{data}' has no folder Layout; for another data set" in error
+        for layout in get_args(get_type_hints(Eval)["layout"]):
+            assert layout == "spair" or re.search(rf"\b{layout}\b", error), layout
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_pictures_are_small() -> None:
 def test_every_picture_is_shown_and_made() -> None:
     shown = set(re.findall(r"\(assets/(\w+)\.jpg\)", "".join(page.read_text(encoding="utf-8") for page in PAGES)))
     assert shown == {picture.stem for picture in (ROOT / "docs" / "assets").glob("*.jpg")}
-    assert shown == set(script("pictures").PICTURES)
+    assert shown == set(script("pictures").PICTURES) | set(script("screenshots").SHOTS)
 
 
 def test_every_picture_of_the_gallery_is_shown_and_made() -> None:

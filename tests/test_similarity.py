@@ -1,5 +1,8 @@
 """Cosine similarity: its definition, its laws, and what it does with zeros."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +177,30 @@ def test_a_map_is_of_one_image():
     for pair in ((one, two), (two, one)):
         with pytest.raises(ShapeError, match=r"of one image, got a batch of 2; pass d\[0\], d\[1\], … one by one"):
             similarity_map(pair[0], [(1.0, 1.0)], pair[1])
+
+
+def test_several_taps_in_place_of_one_are_told_apart_from_a_batch():
+    # In a process of its own: the type checker of the tests would refuse them before.
+    code = """
+import vitfeats as vf
+from vitfeats.matching import match_mutual, transfer_points
+from vitfeats.similarity import similarity_map
+several = vf.load_extractor(size=32, device="cpu")(vf.samples.cat(), ["key@11", "token@3"])
+one = several["key@11"]
+for ask in (
+    lambda: match_mutual(several, several),
+    lambda: transfer_points(one, several, [(1.0, 1.0)]),
+    lambda: similarity_map(several, [(1.0, 1.0)], one),
+):
+    try:
+        ask()
+    except vf.ShapeError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    told = "expected the descriptor of one tap, got those of key@11, token@3; pass one: d['key@11']"
+    assert ran.stdout.splitlines() == [told] * 3
 
 
 def test_a_point_outside_is_refused():

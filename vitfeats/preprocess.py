@@ -258,7 +258,7 @@ def _too_large(name: str, error: Exception) -> str:
 
 def _from_pil(image: Image.Image, name: str = "the PIL image") -> Float[Tensor, "3 height width"]:
     try:
-        _check_whole_tiff(image)
+        check_whole_tiff(image)
         image.load()
         return _checked(_pixels(image))
     except ImageError:
@@ -274,7 +274,7 @@ def _from_pil(image: Image.Image, name: str = "the PIL image") -> Float[Tensor, 
         raise ImageError(f"expected a whole image, but {name} breaks off or is damaged: {error}") from error
 
 
-def _check_whole_tiff(image: Image.Image) -> None:
+def check_whole_tiff(image: Image.Image) -> None:
     """Refuse a TIFF that has fewer strips than rows: Pillow would leave the rest black without a word."""
     if image.format != "TIFF" or not getattr(image, "tile", None):  # read already
         return

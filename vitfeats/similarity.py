@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.descriptor import Descriptor, Points
+from vitfeats.descriptor import Descriptor, Descriptors, Points
 from vitfeats.errors import ShapeError
 
 CHUNK_BYTES = 16 * 2**20
@@ -109,8 +109,11 @@ def check_finite(a: Descriptor, b: Descriptor) -> None:
 
 
 def check_single(*descriptors: Descriptor) -> None:
-    """Raise ``ShapeError`` unless each descriptor holds one image."""
+    """Raise ``ShapeError`` unless each descriptor holds one image, and is one and not several taps."""
     for d in descriptors:
+        if isinstance(d, Descriptors):  # without a type checker it comes this far, and its length is that of its taps
+            taps = ", ".join(map(str, d))
+            raise ShapeError(f"expected the descriptor of one tap, got those of {taps}; pass one: d['{next(iter(d))}']")
         if len(d) != 1:
             raise ShapeError(
                 f"expected a descriptor of one image, got a batch of {len(d)}; pass d[0], d[1], … one by one"

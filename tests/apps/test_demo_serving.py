@@ -89,18 +89,22 @@ def test_a_program_can_explore_an_uploaded_picture(demo: Served) -> None:
         answer = httpx.get(shown["url"])
         assert answer.status_code == 200
         with Image.open(io.BytesIO(answer.content)) as picture:
-            assert picture.size == cat.size
+            assert picture.size == (640, round(640 * cat.height / cat.width))
     assert (x, y) == (cat.width / 2, cat.height / 2)
-    assert "key@11 of mini, 14×21 tokens" in told
+    assert told.startswith("key@11 of mini, 14×21 tokens of 192. Most similar elsewhere: x ")
 
 
 def test_a_program_can_ask_where_a_point_looks_alike(demo: Served) -> None:
     cat = uploaded(demo, png(samples.cat()))
-    _, _, told = asked(demo, "find", cat, cat, 180, 110, *VIEW)
-    assert "In the second picture." in told
+    smaller = uploaded(demo, png(samples.cat().resize((300, 200))))
+    for other, where in ((cat, "Most similar elsewhere: x "), (smaller, "Most similar: x ")):
+        _, _, told = asked(demo, "find", cat, other, 180, 110, *VIEW)
+        assert told.startswith(f"In the second picture. key@11 of mini, 14×21 tokens of 192. {where}")
     _, x, y, told = asked(demo, "similarity", cat, 180, 110, *VIEW)
     assert (x, y) == (180, 110)
+    assert told.startswith("key@11 of mini, 14×21 tokens of 192. Most similar elsewhere: x ")
     assert "cosine" in told
+    assert asked(demo, "similarity", cat, -20, 9999, *VIEW)[1:3] == [0, samples.cat().height]  # brought to the edge
 
 
 @pytest.mark.parametrize(
@@ -301,3 +305,13 @@ def test_the_command_serves_until_it_is_asked_to_end(asks: signal.Signals, tmp_p
         process.send_signal(asks)
         assert process.wait(60) == 0
     assert not list(tmp_path.glob("vitfeats-demo-*"))
+
+
+@pytest.mark.parametrize("name", ["page.html", "drawing.svg", "page.xhtml", "script.js", "page.png"])
+def test_an_upload_is_never_shown_as_a_page(demo: Served, name: str) -> None:
+    data = b"<html xmlns='http://www.w3.org/1999/xhtml'><script>alert(1)</script></html>"
+    path = upload(demo, data, name).json()[0]
+    answer = httpx.get(f"{demo.url}gradio_api/file={path}")
+    shown_as = answer.headers["content-type"].partition(";")[0]
+    kept = answer.headers.get("content-disposition", "").startswith("attachment")
+    assert kept or shown_as in ("image/png", "text/plain"), answer.headers

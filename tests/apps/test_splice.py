@@ -731,6 +731,48 @@ def test_a_users_own_term_counts_with_its_weight(tiny):
     torch.testing.assert_close(found["own"], mean(made, wanted), atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("given", "told"), [(None, "None"), (0.5, "0.5"), ("made", "'made'")])
+def test_a_users_loss_that_returns_no_tensor_is_refused_by_the_name_of_its_term(tiny, given, told):
+    own = Term("own", 1.0, lambda made, wanted: given, "token@1", "structure", "appearance")
+    with pytest.raises(
+        ConfigError, match=f"a tensor of one number for the term 'own', got {told}; compute it by torch"
+    ):
+        run(tiny, terms=[*default_terms(QUICK), own])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda made, wanted: torch.tensor(1.0),
+        lambda made, wanted: made.features.detach().mean(),
+        lambda made, wanted: wanted.features.square().mean(),
+    ],
+    ids=["a constant", "detached", "of the wanted alone"],
+)
+def test_a_users_loss_without_a_gradient_is_refused_by_the_name_of_its_term(tiny, loss):
+    own = Term("own", 1.0, loss, "token@1", "structure", "appearance", start=2)
+    terms, seen = [*default_terms(QUICK), own], []
+    with pytest.raises(ConfigError, match="the term 'own' gives no gradient to the picture; compute it by torch from"):
+        run(tiny, terms=terms, callback=lambda step, *_: seen.append(step))
+    assert seen == [0, 1]  # until it counts, it does not matter
+    assert len(run(tiny, terms=[*terms[:-1], replace(own, weight=0.0)]).history) == QUICK.steps
+    with torch.no_grad():  # the objective may be looked at without a gradient
+        assert "own" in Splicer(STRUCTURE, APPEARANCE, extractor=tiny, config=QUICK, terms=terms).objective(2)
+
+
+def test_a_result_is_one_line_in_words(tiny):
+    made = run(tiny, steps=2)
+    height, width = made.tensor.shape[1:]
+    assert repr(made) == f"SpliceResult({width}×{height}, 2 steps, loss {made.history[-1]['loss']:.4g}, done)"
+    assert repr(replace(made, history=made.history[:1], stopped="callback")).startswith(
+        f"SpliceResult({width}×{height}, 1 step, "
+    )
+    assert (
+        repr(replace(made, history=[], stopped="interrupted"))
+        == f"SpliceResult({width}×{height}, 0 steps, interrupted)"
+    )
+
+
 def test_relative_weights_are_in_units_of_the_distance_to_go(tiny):
     absolute = Splicer(STRUCTURE, APPEARANCE, extractor=tiny, config=replace(QUICK, relative=False, transport=0))
     relative = Splicer(STRUCTURE, APPEARANCE, extractor=tiny, config=replace(QUICK, relative=True, transport=0))

@@ -477,7 +477,7 @@ def test_memory_that_runs_out_says_what_to_lower(painters, monkeypatch, kind):
 
     with monkeypatch.context() as patch:
         patch.setattr(painter.network, "forward", full)
-        with pytest.raises(ShapeError, match=rf"that fit in memory, got 1 image\(s\) of 48×64 pixels; {advice}"):
+        with pytest.raises(ShapeError, match=rf"that fit in memory, got 1 image of 48×64 pixels; {advice}"):
             stylize(CONTENT, STYLE, stylizer=painter)
     with monkeypatch.context() as patch:
         patch.setattr(painter.extractor, "read", full)
@@ -500,6 +500,10 @@ def test_other_errors_of_a_network_pass_as_they_are(painters, monkeypatch):
 
 
 # The picture ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_one_line_in_words():
+    assert repr(Stylized(torch.zeros(3, 20, 30))) == "Stylized(30×20)"
 
 
 def test_a_picture_is_saved_whole_or_not_at_all(tmp_path):

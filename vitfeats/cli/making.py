@@ -1,13 +1,15 @@
 """Commands that make pictures: splice, invert."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from vitfeats.cli.shared import extractor_of, images_of, save_picture, say, settings_of
+from vitfeats.cli.shared import aligned, counted, extractor_of, images_of, save_picture, say, settings_of
 from vitfeats.configs import (
     ExtractorConfig,
     InvertConfig,
@@ -15,6 +17,18 @@ from vitfeats.configs import (
     SpliceConfig,
 )
 from vitfeats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitfeats.apps.evaluation import TransferMeasures
+
+SHOWN = {
+    "structure ↓": "structure_distance",
+    "appearance ↑": "appearance_similarity",
+    "foreground ↑": "foreground_iou",
+    "patches ↓": "patch_distance",
+    "colours ↓": "colour_distance",
+}
+"""Columns of the table of a splice, with an arrow to the better side, and the measures in them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Splice:
         seed: Of first weights and crops.
         resume: Go on from the checkpoint in the folder, if there is one.
         tensorboard: Write losses and pictures for TensorBoard into the folder.
-        json: Print one JSON object instead of text.
+        json: Print one JSON object, with every measure of the result, instead of text.
         options: Model, size and stride of what it sees (default: the settings'), device.
     """
 
@@ -50,7 +64,7 @@ class Splice:
 
 def run_splice(command: Splice) -> int:
     """Splice two images, and measure the result."""
-    from vitfeats.apps.evaluation import transfer_markdown, transfer_table
+    from vitfeats.apps.evaluation import transfer_table
     from vitfeats.apps.splice import splice
 
     options = command.options
@@ -90,9 +104,18 @@ def run_splice(command: Splice) -> int:
         "losses": result.history[-1] if result.history else {},
         "measures": {name: measures.as_dict() for name, measures in rows.items()},
     }
-    told = f"{command.out / 'result.png'}: {len(result.history)} steps, {result.stopped}"
-    say(command.json, facts, f"{told}\n\n{transfer_markdown(rows)}")
+    told = f"{command.out / 'result.png'}: {counted(len(result.history), 'step')}, {result.stopped}"
+    say(command.json, facts, f"{told}\n\n{_measures(rows)}")
     return 1 if result.stopped == "not finite" else 0
+
+
+def _measures(rows: "Mapping[str, TransferMeasures]") -> str:
+    """Return a table of the main measures, narrow enough for a terminal; a dash where there is no number."""
+    lines = [["", *SHOWN]]
+    for name, measures in rows.items():
+        values = [getattr(measures, measure) for measure in SHOWN.values()]
+        lines.append([name, *("–" if math.isnan(value) else f"{value:.3f}" for value in values)])
+    return aligned(lines)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from vitfeats.cli.shared import extractor_of, make_folder, save_picture, say
+from vitfeats.cli.shared import counted, extractor_of, make_folder, save_picture, say
 from vitfeats.configs import ExtractorConfig, PckProtocol, ProtocolName
 from vitfeats.errors import ConfigError
 
@@ -103,10 +103,12 @@ def evaluate(command: Eval) -> int:
             progress=not command.json,
         )
         done = [one.result for one in measured if one.result is not None]
-        counted = f"{len(done[0].pairs):,} pairs, {done[0].points:,} points" if done else "nothing measured"
+        size = (
+            f"{counted(len(done[0].pairs), 'pair')}, {counted(done[0].points, 'point')}" if done else "nothing measured"
+        )
         changed = ", the models' own sizes" if command.own_size else ""
         told = f"{command.protocol}, {rules.reference}, mean over {rules.mean.replace('_', ', ')}{changed}"
-        head = f"{_name(dataset)}: {counted}; protocol {told}"
+        head = f"{_name(dataset)}: {size}; protocol {told}"
         text = f"{head}\n\n{table_markdown(measured)}"
         if len(done) == 1:
             text += f"\n\n{done[0].markdown()}"
@@ -164,6 +166,12 @@ def _read(command: Eval, data: Path) -> "Sequence[Pair]":
         pictures = read_pictures(data, side=command.side, only=names)
         return evaluation.WarpedImages(list(pictures.values()), seed=command.seed)
     if command.layout == "spair":
+        if data.exists() and not (data / "Layout").is_dir():
+            raise ConfigError(
+                f"expected data laid out as SPair-71k, but '{data}' has no folder Layout; for another data set pass "
+                "--layout pf-pascal, pf-willow, cub, ap10k or pairs; for pictures alone, which are then warped at "
+                "random, --layout warps"
+            )
         return evaluation.SPair71k(data, command.split, command.category)
     if command.layout == "pf-pascal":
         return evaluation.PFPascal(data, command.split)

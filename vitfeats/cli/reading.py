@@ -5,13 +5,29 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from vitfeats.cli.shared import extractor_of, images_of, make_folder, picture_extractor, readable, save_picture, say
+from vitfeats.cli.shared import (
+    aligned,
+    counted,
+    extractor_of,
+    files_of,
+    images_of,
+    make_folder,
+    picture_extractor,
+    readable,
+    save_picture,
+    say,
+)
 from vitfeats.configs import ExtractorConfig
 from vitfeats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitfeats.descriptor import Descriptor
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,7 @@ class Extract:
     """Write the descriptors of images to safetensors files, one for each image and tap.
 
     Attributes:
-        images: Image files of any sizes.
+        images: Image files of any sizes, or folders of them.
         out: Folder for the files IMAGE.FACET@LAYER.safetensors (made if missing).
         tap: What to read, facet@layer; several share one forward pass. Default: the model's usual tap.
         batch_size: Images in one forward pass.
@@ -39,7 +55,8 @@ def extract(command: Extract) -> int:
     """Write descriptors; a file that cannot be read is named and skipped."""
     from tqdm import tqdm
 
-    names = [path.name for path in command.images]
+    files = files_of(command.images)
+    names = [path.name for path in files]
     if not names:
         raise ConfigError("expected image files, got none; for example: vitfeats extract a.jpg b.jpg")
     if len(set(names)) < len(names):
@@ -51,7 +68,7 @@ def extract(command: Extract) -> int:
     whole: list[Path] = []
     written: list[str] = []
     progress = tqdm(total=len(names), unit="image", file=sys.stderr, disable=command.json or len(names) < 2)
-    results = extractor.each(readable(command.images, whole, broken), taps, batch_size=command.batch_size)
+    results = extractor.each(readable(files, whole, broken), taps, batch_size=command.batch_size)
     make_folder(command.out)  # not before the taps have proved right
     for number, descriptors in enumerate(results):
         for tap, descriptor in descriptors.items():
@@ -60,7 +77,7 @@ def extract(command: Extract) -> int:
         progress.update(len(broken) + number + 1 - progress.n)
     progress.close()
     facts = {"model": extractor.card.name, "taps": list(map(str, taps)), "written": written, "failed": broken}
-    say(command.json, facts, f"{len(written)} files in {command.out}")
+    say(command.json, facts, f"{counted(len(written), 'file')} in {command.out}")
     for reason in broken.values():
         print(f"vitfeats: {reason}", file=sys.stderr)
     return 1 if broken else 0
@@ -71,7 +88,7 @@ class Pca:
     """Paint the first three principal components of image tokens as colours, one PCA over all images.
 
     Attributes:
-        images: Image files of any sizes.
+        images: Image files of any sizes, or folders of them.
         sample: Use photographs that come with the installed packages: portraits, stereo, textures, cat, coffee,
             astronaut, grace_hopper, china, flower.
         out: Picture to write.
@@ -96,7 +113,7 @@ def pca(command: Pca) -> int:
     from vitfeats.pca import PCA
 
     extractor = picture_extractor(command.options)
-    images = images_of(command.images, command.sample)
+    images = images_of(files_of(command.images), command.sample)
     descriptors = list(extractor.each(images, command.tap))
     fitted = PCA(3).fit(descriptors, foreground=None if command.foreground == "none" else "border")
     save_picture(plot.pca(images, descriptors, fitted=fitted), command.out)
@@ -108,7 +125,8 @@ def pca(command: Pca) -> int:
         "explained_variance_ratio": shares,
         "out": str(command.out),
     }
-    say(command.json, facts, f"{command.out}: {descriptors[0].tap} of {extractor.card.name}, {len(images)} image(s)")
+    told = f"{command.out}: {descriptors[0].tap} of {extractor.card.name}, {counted(len(images), 'image')}"
+    say(command.json, facts, told)
     return 0
 
 
@@ -117,7 +135,8 @@ class Similarity:
     """Show where a point of one image looks alike in another.
 
     Attributes:
-        images: Two image files; one file is compared with itself.
+        images: Two image files; one file is compared with itself, away from the point: what is most similar is then
+            sought outside of the 3×3 tokens around it.
         sample: Use a sample instead, as for pca.
         point: x and y in pixels of the first image, from its top-left corner. Default: its middle.
         out: Picture to write.
@@ -138,7 +157,6 @@ class Similarity:
 def similarity(command: Similarity) -> int:
     """Draw what is alike to a point."""
     from vitfeats import plot
-    from vitfeats.matching import transfer_points
     from vitfeats.similarity import similarity_map
 
     extractor = picture_extractor(command.options)
@@ -151,17 +169,40 @@ def similarity(command: Similarity) -> int:
     points = [command.point or (width / 2, height / 2)]
     maps = similarity_map(a, points, b)
     save_picture(plot.similarity(first, points, second, maps, grid=b.grid), command.out)
-    x, y = transfer_points(a, b, points)[0].tolist()
+    searched = maps[0] if len(images) == 2 else _away(a, points, maps[0])
+    best = b.grid.centres_of(searched.argmax().cpu()[None])
+    x, y = b.frames[0].to_source(best)[0].tolist()
+    alike = float(searched.max())
     facts = {
         "model": extractor.card.name,
         "tap": str(a.tap),
         "point": list(points[0]),
         "most_similar": [x, y],
-        "similarity": float(maps.max()),
+        "similarity": alike,
         "out": str(command.out),
     }
-    say(command.json, facts, f"{command.out}: most similar at x={x:.1f} y={y:.1f} ({float(maps.max()):.3f})")
+    where = "" if len(images) == 2 else " away from the point, outside of the 3×3 tokens around it"
+    told = f"{command.out}: most similar{where} at x={x:.1f} y={y:.1f} ({alike:.3f})"
+    if command.point is None:
+        told += f"\npoint: the middle ({width / 2:g}, {height / 2:g}); --point X Y asks about another"
+    say(command.json, facts, told)
     return 0
+
+
+def _away(d: "Descriptor", points: list[tuple[float, float]], values: "Tensor") -> "Tensor":
+    """Return the similarities to a point of the same image, −∞ at its own token and those that touch it."""
+    from vitfeats.descriptor import as_points
+
+    own = int(d.grid.index_of(d.frames[0].to_network(as_points(points, values))))
+    row, col = divmod(own, d.grid.cols)
+    away = values.clone()
+    away[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2] = -float("inf")
+    if not bool(away.isfinite().any()):
+        raise ConfigError(
+            f"expected tokens away from the point, got a grid of {d.grid.rows}×{d.grid.cols}; raise --size, lower "
+            "--stride or give a second image"
+        )
+    return away
 
 
 @dataclass(frozen=True)
@@ -207,10 +248,13 @@ def match(command: Match) -> int:
         "scores": found.scores.tolist(),
         "out": str(command.out),
     }
-    say(
-        command.json, facts, f"{command.out}: {len(found)} mutual matches of {a.grid.tokens} and {b.grid.tokens} tokens"
-    )
+    told = f"{command.out}: {_matches(len(found))} of {a.grid.tokens} and {b.grid.tokens} tokens"
+    say(command.json, facts, told)
     return 0
+
+
+def _matches(number: int) -> str:
+    return f"{number} mutual match{'' if number == 1 else 'es'}"
 
 
 @dataclass(frozen=True)
@@ -218,7 +262,7 @@ class Hyperfeatures:
     """Write the hyperfeatures of images: the maps of a diffusion model's layers and steps, aggregated into one.
 
     Attributes:
-        images: Image files of any sizes.
+        images: Image files of any sizes, or folders of them.
         sample: Use a sample instead, as for pca.
         out: Folder for IMAGE.safetensors, pca.png and, of two images, matches.png (made if missing).
         most: How many of the matches to draw, drawn at random.
@@ -248,19 +292,20 @@ def hyperfeatures(command: Hyperfeatures) -> int:
         raise ConfigError(f"expected a model of hyperfeatures, got '{options.model}'; for example hyperfeatures:sd15")
     if command.seed:
         extractor = extractor.reading(dataclasses.replace(extractor.diffusion, seed=command.seed))
-    images = images_of(command.images, command.sample)
-    names = [path.name for path in command.images] or [f"{command.sample}_{number}" for number in range(len(images))]
+    files = files_of(command.images)
+    images = images_of(files, command.sample)
+    names = [path.name for path in files] or [f"{command.sample}_{number}" for number in range(len(images))]
     descriptors = list(extractor.each(images))
     make_folder(command.out)
     written = [str(d.save(command.out / f"{n}.safetensors")) for n, d in zip(names, descriptors, strict=True)]
     save_picture(plot.pca(images, descriptors), command.out / "pca.png")
     facts: dict[str, Any] = {"model": extractor.card.name, "written": written, "pca": str(command.out / "pca.png")}
-    told = [f"{len(written)} files and pca.png in {command.out}"]
+    told = [f"{counted(len(written), 'file')} and pca.png in {command.out}"]
     if len(images) == 2:
         found = match_mutual(*descriptors)
         save_picture(plot.matches(images[0], images[1], found, most=command.most), command.out / "matches.png")
         facts |= {"matches": str(command.out / "matches.png"), "mutual": len(found)}
-        told.append(f"matches.png: {len(found)} mutual matches")
+        told.append(f"matches.png: {_matches(len(found))}")
     say(command.json, facts, "\n".join(told))
     return 0
 
@@ -289,12 +334,15 @@ def models(command: Models) -> int:
         cards = list_models(command.pattern)
     for name, reason in plugin_failures().items():
         print(f"vitfeats: plug-in '{name}' could not be loaded: {reason}", file=sys.stderr)
+    if not cards:
+        near = f"*{command.pattern}*"
+        hint = f"try '{near}'" if list_models(near) else "vitfeats models lists them all"
+        print(f"vitfeats: no model is called '{command.pattern}'; {hint}", file=sys.stderr)
     if command.json:
         print(json.dumps([dataclasses.asdict(card) for card in cards], indent=2))
-        return 0
+    if command.json or not cards:
+        return 0 if cards else 1
     rows = [("name", "family", "patch", "dim", "blocks", "tap", "licence")]
     rows += [(c.name, c.family, str(c.patch), str(c.dim), str(c.depth), c.usual_tap, c.licence) for c in cards]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(aligned(rows))
     return 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from vitfeats.cli.shared import extractor_of, images_of, say, settings_of
+from vitfeats.cli.shared import counted, extractor_of, images_of, say, settings_of
 from vitfeats.configs import CosegmentConfig, CosegmentPreset, ExtractorConfig
 from vitfeats.errors import ConfigError
 
@@ -87,9 +87,9 @@ def run_cosegment(command: Cosegment) -> int:
         "empty": empty,
         "failed": failed,
     }
-    what = f", {found.num_parts} parts" if found.num_parts else ""
+    what = f", {counted(found.num_parts, 'part')}" if found.num_parts else ""
     nothing = f"; nothing found in {len(empty)} of them" if empty else ""
-    say(command.json, facts, f"{command.out}: masks of {len(found)} image(s){what}, {found.refined}{nothing}")
+    say(command.json, facts, f"{command.out}: masks of {counted(len(found), 'image')}{what}, {found.refined}{nothing}")
     for reason in failed.values():
         print(f"vitfeats: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -43,14 +43,21 @@ def picture_extractor(options: ExtractorConfig) -> "Extractor":
     return extractor.resized(size=options.size or size, stride=options.stride or finer)
 
 
-def images_of(paths: tuple[Path, ...], sample: str | None) -> "list[Image.Image]":
+def images_of(paths: Sequence[Path], sample: str | None) -> "list[Image.Image]":
     """Open image files, or a sample."""
     from vitfeats import samples
     from vitfeats.preprocess import load_image, to_pil
 
     if bool(paths) == (sample is not None):
         raise ConfigError("expected image files or --sample NAME, one of the two; for example --sample portraits")
-    return samples.load(sample) if sample is not None else [to_pil(load_image(path)) for path in paths]
+    return samples.load(sample) if sample is not None else [to_pil(load_image(file_at(path))) for path in paths]
+
+
+def file_at(path: Path) -> Path:
+    """Return the path of an image file; refuse a folder."""
+    if path.is_dir():
+        raise ImageError(f"expected an image file, got the folder '{path}'; give the files in it: {path}/*.jpg")
+    return path
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:
@@ -76,6 +83,18 @@ def save_picture(picture: "Image.Image", path: Path) -> None:
         raise ConfigError(
             f"expected a picture file that can be written, such as out.png, got '{path}': {error}"
         ) from error
+
+
+def counted(number: int, what: str) -> str:
+    """Return "1 file", "2 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines of text whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def say(as_json: bool, facts: dict[str, Any], text: str) -> None:

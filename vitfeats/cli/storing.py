@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.cli.shared import extractor_of, save_picture, say
+from vitfeats.cli.shared import counted, extractor_of, file_at, save_picture, say
 from vitfeats.configs import ExtractorConfig
 from vitfeats.errors import ConfigError
 
@@ -89,7 +89,8 @@ def bulk(command: Bulk) -> int:
     )
     facts = dataclasses.asdict(found) | {"path": str(found.path), "rate": found.rate}
     size = f"{found.bytes / 1e6:.1f} MB"
-    say(command.json, facts, f"{found.path}: {found.images} images, {size}; {found.made} made now, {found.rate:.1f}/s")
+    told = f"{found.path}: {counted(found.images, 'image')}, {size}; {found.made} made now, {found.rate:.1f}/s"
+    say(command.json, facts, told)
     for name, reason in found.broken.items():
         print(f"vitfeats: '{name}': {reason}", file=sys.stderr)
     return 1 if found.broken else 0
@@ -213,8 +214,8 @@ def _check(command: StoreCheck) -> int:
     store = Store(command.store)
     found = store.remove_damaged() if command.repair else list(store.check())
     facts = {"store": command.store, "shards": store.shards, "damaged": [dataclasses.asdict(one) for one in found]}
-    lines = [f"shard {one.shard} ({one.images} images): {one.why}" for one in found]
-    lines.append(f"{command.store}: {store.shards - len(found)} of {store.shards} shards whole")
+    lines = [f"shard {one.shard} ({counted(one.images, 'image')}): {one.why}" for one in found]
+    lines.append(f"{command.store}: {store.shards - len(found)} of {counted(store.shards, 'shard')} whole")
     say(command.json, facts, "\n".join(lines))
     return 1 if found else 0
 
@@ -248,7 +249,7 @@ def _search(command: StoreSearch) -> int:
         raise ConfigError("expected --source and --out together: the images to show, and the picture to write")
     store = Store(command.store)
     tap = store.taps[0] if command.tap is None else command.tap
-    d = store_extractor(store, model=command.model, device=command.device)(command.image, tap)
+    d = store_extractor(store, model=command.model, device=command.device)(file_at(command.image), tap)
     if command.point is None:
         hits = search_images(store, d, tap=tap, k=command.k, index=command.index)
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from vitfeats.cli.shared import files_of, images_of, make_folder, readable, save_picture, say
+from vitfeats.cli.shared import counted, file_at, files_of, images_of, make_folder, readable, save_picture, say
 from vitfeats.configs import STYLE_METHODS, StyleMethod, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PATTERN = "pattern:"
 SAMPLE_STYLE = f"{PATTERN}strokes:105"  # what samples are painted in
+LARGEST = 1024
+"""Shorter side in pixels that larger contents are brought to unless asked: memory and time grow with the pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Stylize:
         colours: Bring the colours of the result to those of the style, or of the content.
         mask: Picture of the content's size whose grey values are labels of regions.
         style_masks: For each style the same; each region is painted in the style's regions of its label.
-        size: Shorter side in pixels that contents are brought to; default their own.
+        size: Shorter side in pixels that contents are brought to; 0 is their own. Default: their own, 1024 at most.
         style_size: The same for styles: it sets the scale of the strokes. Default their own, 512 at most.
         most: Positions of each style that attention looks at, drawn at random; 0 is all.
         checkpoint: Weights that were trained or published, in place of those that come with the package.
@@ -99,9 +101,15 @@ def _one(command: Stylize) -> int:
         if len(command.style_masks) != len(styles):
             raise ConfigError(f"expected --style-masks, one for each of {len(styles)} styles, with --mask")
         masks = (_labels(command.mask), [_labels(path) for path in command.style_masks])
+    settings: dict[str, Any] = _settings(command) | {"masks": masks}
+    if _is_reduced(command, image.size):
+        settings["size"] = LARGEST
+        print(
+            f"vitfeats: {_told(image.size)} is painted at {_told(_reduced(image.size))}; --size 0 keeps its own size",
+            file=sys.stderr,
+        )
     made = [
-        _recoloured(command, stylize(image, styles, method=method, masks=masks, **_settings(command)), image, styles)
-        for method in methods
+        _recoloured(command, stylize(image, styles, method=method, **settings), image, styles) for method in methods
     ]
     if len(made) == 1:
         made[0].save(command.out)
@@ -136,7 +144,7 @@ def _each(command: Stylize) -> int:
     styles = _styles(command)
     _check_colours(command, styles)
     painted = stylize_each(
-        _large_enough(readable(left, whole, broken), whole, broken, command.size),
+        _contents(command, readable(left, whole, broken), whole, broken),
         styles,
         method=command.method[0] if command.method else None,
         batch_size=command.batch_size,
@@ -148,7 +156,7 @@ def _each(command: Stylize) -> int:
             _recoloured(command, one, whole[number], styles).save(targets[whole[number]])
             bar.update(len(broken) + number + 1 - bar.n)
     facts = {"out": str(folder), "painted": len(whole), "skipped": len(files) - len(left), "failed": broken}
-    say(command.json, facts, f"{len(whole)} pictures in {folder}")
+    say(command.json, facts, f"{counted(len(whole), 'picture')} in {folder}")
     for reason in broken.values():
         print(f"vitfeats: {reason}", file=sys.stderr)
     return 1 if broken else 0
@@ -228,8 +236,8 @@ def train(command: TrainStylizer) -> int:
         "stopped": result.stopped,
         "losses": last,
     }
-    told = f"{facts['out']}: {config.method}, {facts['steps']} steps, {result.stopped}"
-    say(command.json, facts, f"{told}; {len(contents)} contents, {len(styles)} styles")
+    told = f"{facts['out']}: {config.method}, {counted(facts['steps'], 'step')}, {result.stopped}"
+    say(command.json, facts, f"{told}; {counted(len(contents), 'content')}, {counted(len(styles), 'style')}")
     for name, reason in broken.items():
         print(f"vitfeats: skipped '{name}': {reason}", file=sys.stderr)
     return 0 if result.stopped == "done" else 1
@@ -241,7 +249,7 @@ def _settings(command: Stylize) -> dict[str, Any]:
         "checkpoint": command.checkpoint,
         "strength": command.strength,
         "weights": command.weights or None,
-        "size": command.size,
+        "size": command.size or None,
         "style_size": command.style_size,
         "most": command.most or None,
         "seed": command.seed,
@@ -249,14 +257,45 @@ def _settings(command: Stylize) -> dict[str, Any]:
     }
 
 
-def _large_enough(
-    images: "Iterator[Tensor]", whole: list[Path], broken: dict[str, str], size: int | None
-) -> "Iterator[Tensor]":
-    """Yield the images that can be painted; note why the others cannot."""
-    from vitfeats.apps.style_transfer.stylizer import CELL
+def _is_reduced(command: Stylize, size: tuple[int, int]) -> bool:
+    """Tell whether a content of this size is brought to a smaller one that was not asked for."""
+    return command.size is None and min(size) > LARGEST
 
+
+def _reduced(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size that a larger one is brought to, as (width, height) or (height, width) like what was given."""
+    from vitfeats.grid import fit_size
+
+    return fit_size(size, LARGEST, 1)
+
+
+def _told(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _contents(
+    command: Stylize, images: "Iterator[Tensor]", whole: list[Path], broken: dict[str, str]
+) -> "Iterator[Tensor]":
+    """Yield the images that can be painted, the larger ones reduced; note why the others cannot."""
+    from tqdm import tqdm
+
+    from vitfeats.apps.style_transfer.stylizer import CELL
+    from vitfeats.resize import resize_images
+
+    told = False
     for image in images:
-        if size is None and min(image.shape[1:]) < CELL:
+        height, width = image.shape[1:]
+        if _is_reduced(command, (height, width)):
+            image = resize_images(image[None], _reduced((height, width)))[0]
+            if not told:
+                sizes = f"{_told((width, height))}, is painted at {_told(_reduced((width, height)))}"
+                tqdm.write(
+                    f"vitfeats: '{whole[-1]}', {sizes}, and so are others whose shorter side is above {LARGEST}; "
+                    "--size 0 keeps their own sizes",
+                    file=sys.stderr,
+                )
+            told = True
+        if not command.size and min(image.shape[1:]) < CELL:
             path = whole.pop()
             broken[str(path)] = f"expected at least {CELL}×{CELL} pixels, got '{path}'; pass --size"
             continue
@@ -286,7 +325,7 @@ def _styles(command: Stylize) -> "list[Image.Image]":
     found = []
     for name in names:
         if not name.startswith(PATTERN):
-            found.append(to_pil(load_image(Path(name))))
+            found.append(to_pil(load_image(file_at(Path(name)))))
             continue
         kind, _, seed = name.removeprefix(PATTERN).partition(":")
         if seed and not seed.isdecimal():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from vitfeats.cli.shared import extractor_of, say
+from vitfeats.cli.shared import counted, extractor_of, say
 from vitfeats.configs import (
     DiffusionConfig,
     ExtractorConfig,
@@ -86,7 +86,9 @@ def diffusion(command: TrainDiffusion) -> int:
         "loss": result.history[-1]["loss"] if result.history else None,
         "held_out": judged[-1] if judged else None,
     }
-    told = f"{facts['out']}: {facts['steps']} steps over {len(pictures)} pictures, {result.stopped}"
+    told = (
+        f"{facts['out']}: {counted(facts['steps'], 'step')} over {counted(len(pictures), 'picture')}, {result.stopped}"
+    )
     say(command.json, facts, told + (f"; held-out loss {judged[-1]:.4f}" if judged else ""))
     return 1 if result.stopped == "not finite" else 0
 
@@ -171,7 +173,7 @@ def aggregation(command: TrainHyperfeatures) -> int:
         "loss": result.history[-1]["loss"] if result.history else None,
         "pck": judged[-1] if judged else None,
     }
-    told = f"{facts['out']}: {facts['steps']} steps over {len(pairs)} pairs, {result.stopped}"
+    told = f"{facts['out']}: {counted(facts['steps'], 'step')} over {counted(len(pairs), 'pair')}, {result.stopped}"
     say(command.json, facts, told + (f"; held-out PCK@0.1 {judged[-1]:.3f}" if judged else ""))
     return 1 if result.stopped == "not finite" else 0
 
@@ -241,7 +243,9 @@ def pretrained(command: Pretrain) -> int:
         "loss": result.history[-1]["loss"] if result.history else None,
         "knn": measured[-1] if measured else None,
     }
-    told = f"{facts['out']}: {facts['steps']} steps over {len(pictures)} pictures, {result.stopped}"
+    told = (
+        f"{facts['out']}: {counted(facts['steps'], 'step')} over {counted(len(pictures), 'picture')}, {result.stopped}"
+    )
     say(command.json, facts, told + (f"; held-out k-NN accuracy {measured[-1]:.3f}" if measured else ""))
     for name, reason in broken.items():
         print(f"vitfeats: skipped '{name}': {reason}", file=sys.stderr)

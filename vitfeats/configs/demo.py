@@ -20,7 +20,7 @@ class DemoConfig:
         threads: Of torch for each of the two jobs that run at a time, a long one and a short one. Default: half of the
             cores.
         upload_mb: Largest file that may be uploaded, in megabytes.
-        megapixels: Most pixels of a picture, in millions, whatever its file's size.
+        megapixels: Most pixels of a picture, in millions, whatever its file's size; 178 at most.
         folder_mb: Most megabytes of pictures, given and made, that are kept in the temporary folder; the oldest are
             deleted first.
         hours: How long they are kept at most.
@@ -44,6 +44,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that no page could use."""
         require(self, 1, "folder_mb", *(name for name in ("port", "threads") if getattr(self, name) is not None))
-        require(self, 0, "upload_mb", "megapixels", "hours")
+        require(self, 0, "upload_mb", "hours")
+        require(self, 0, "megapixels", most=178)  # above it Pillow refuses a picture
         if not (self.upload_mb and self.megapixels and self.hours):
             raise ConfigError(f"expected upload_mb, megapixels and hours above 0, got {self}")

@@ -58,13 +58,12 @@ def pointed(
     ring: tuple[float, float] | None = None,
     cross: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Return a picture with a ring at one point and a cross at another, both (x, y) of ``picture.image``."""
+    """Return what was drawn over a picture with a ring and a cross, both at (x, y) of ``picture.image``."""
     result = drawn.copy()
     pen = ImageDraw.Draw(result)
-    scale = drawn.width / picture.image.width
     radius = max(6, drawn.width // 70)
     if ring is not None:
-        x, y = (scale * value for value in ring)
+        x, y = picture.drawn_at(*ring)
         for more, width, colour in ((1.5, 5, "white"), (0, 2, RING)):
             pen.ellipse(
                 (x - radius - more, y - radius - more, x + radius + more, y + radius + more),
@@ -72,7 +71,7 @@ def pointed(
                 width=width,
             )
     if cross is not None:
-        x, y = (scale * value for value in cross)
+        x, y = picture.drawn_at(*cross)
         for width, colour in ((5, "black"), (2, CROSS)):
             pen.line((x - radius, y, x + radius, y), fill=colour, width=width)
             pen.line((x, y - radius, x, y + radius), fill=colour, width=width)

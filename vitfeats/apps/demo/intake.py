@@ -1,12 +1,12 @@
 """Pictures that strangers upload: what is taken, what is refused with a sentence, and where files may lie."""
 
 import hashlib
+import os
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,10 @@ from tempfile import mkdtemp
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vitfeats.errors import ImageError
-from vitfeats.preprocess import load_image, to_pil
+from vitfeats.preprocess import check_whole_tiff, load_image, to_pil
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Readers of Pillow that strangers' files are given to; no other one runs."""
@@ -26,7 +26,7 @@ WORKING = 1024
 """Longest side in pixels that pictures are brought to: more than any model here sees."""
 
 SHOWN = 640
-"""Longest side in pixels of what is drawn over a picture."""
+"""Longer side in pixels of what is drawn over a picture."""
 
 SMALLEST = 16
 
@@ -53,8 +53,10 @@ class Picture:
 
     @cached_property
     def shown(self) -> Image.Image:
-        """The picture as it is drawn over."""
-        return reduced(self.image, SHOWN)
+        """The picture as it is drawn over: its longer side is :data:`SHOWN`, also where it is small."""
+        scale = SHOWN / max(self.image.size)
+        size = (max(1, round(scale * self.image.width)), max(1, round(scale * self.image.height)))
+        return self.image.resize(size, Image.Resampling.LANCZOS)
 
     @cached_property
     def grey(self) -> UInt8[np.ndarray, "height width"]:
@@ -65,6 +67,11 @@ class Picture:
         """Return a point (x, y) of the picture as it was given in pixels of ``image``, at most at its edge."""
         width, height = self.image.size
         return min(max(x * self.scale[0], 0.0), float(width)), min(max(y * self.scale[1], 0.0), float(height))
+
+    def drawn_at(self, x: float, y: float) -> tuple[float, float]:
+        """Return a point (x, y) of ``image`` in pixels of :attr:`shown`."""
+        across, down = self.shown.width / self.image.width, self.shown.height / self.image.height
+        return round(x * across, 6), round(y * down, 6)  # so that what is nearly half a pixel rounds one way
 
     def outside(self, x: float, y: float) -> tuple[float, float]:
         """Return a point (x, y) of ``image`` in pixels of the picture as it was given."""
@@ -84,18 +91,19 @@ def take_in(path: Path | str, folder: Path, *, pixels: float) -> Picture:
     """
     file = Path(path)
     name = _short(file.name)
-    if "\0" in str(path) or not file.resolve().is_relative_to(folder.resolve()):
+    gone = f"expected {name} to be here still, but uploads are deleted after a while; choose it again"
+    if not _lies_in(file, folder):
         raise ImageError("expected a picture that was uploaded here, got the path of another file")
     if not file.is_file():
-        raise ImageError(f"expected {name} to be here still, but uploads are deleted after a while; choose it again")
+        raise ImageError(gone)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: of many pixels, for which there is a limit below, and palettes
-            with Image.open(file, formats=FORMATS) as picture:
-                return _taken(picture, name, pixels)
+        with Image.open(file, formats=FORMATS) as picture:
+            return _taken(picture, name, pixels)
     except UnidentifiedImageError as error:
         raise ImageError(f"expected a picture ({_TOLD}), but {name} is {_what_it_is(file)}") from error
-    except Image.DecompressionBombError as error:
+    except FileNotFoundError as error:
+        raise ImageError(gone) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
             f"expected a picture of at most {_told(pixels)} pixels, but {name} claims far more; shrink it"
         ) from error
@@ -103,6 +111,14 @@ def take_in(path: Path | str, folder: Path, *, pixels: float) -> Picture:
         raise
     except Exception as error:  # each of Pillow's decoders has its own way to fail
         raise ImageError(f"expected a whole picture, but {name} breaks off or is damaged: {error}") from error
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    try:
+        file.lstat() if file.exists() else None
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, or a loop of links
+        return False
 
 
 def _taken(picture: Image.Image, name: str, pixels: float) -> Picture:
@@ -135,8 +151,14 @@ def _opened_small(picture: Image.Image) -> Image.Image:
     times = max(picture.size) // (2 * WORKING)
     if times < 2:
         return picture
-    upright = ImageOps.exif_transpose(picture)  # while it still knows which way up it is
-    return upright.convert("RGB").reduce(times)
+    check_whole_tiff(picture)
+    picture.load()
+    small = (picture.convert("RGB") if picture.mode in ("1", "P", "PA") else picture).reduce(times)
+    # What tells which way up it is, and how its ink is written; the size has changed, and nothing else.
+    small.format, small.info = picture.format, dict(picture.info)
+    if picture.format == "TIFF":  # turned when it was loaded
+        small.info.pop("exif", None)
+    return small
 
 
 def reduced(image: Image.Image, longest: int) -> Image.Image:
@@ -149,8 +171,11 @@ def reduced(image: Image.Image, longest: int) -> Image.Image:
 
 
 def _what_it_is(file: Path) -> str:
-    with file.open("rb") as opened:
-        head = opened.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return "gone"
     if not head:
         return "empty"
     found = [what for mark, what in _MARKUP.items() if mark in head]
@@ -185,20 +210,21 @@ class Folder:
     def sweep(self) -> int:
         """Delete what is too old, and the oldest of what is too much; samples stay. Return the bytes that are left."""
         files = []
-        for file in self.path.rglob("*"):
-            try:
-                if file.is_file() and not file.is_relative_to(self.kept):
-                    found = file.stat()
-                    files.append((max(found.st_mtime, found.st_ctime), found.st_size, file))
-            except OSError:  # gone meanwhile
+        for folder, _, names in os.walk(self.path):  # which minds no folder that vanishes meanwhile
+            if Path(folder).is_relative_to(self.kept):
                 continue
+            for file in (Path(folder, name) for name in names):
+                with suppress(OSError):  # gone meanwhile
+                    found = file.lstat()
+                    files.append((max(found.st_mtime, found.st_ctime), found.st_size, file))
         left = sum(size for _, size, _ in files)
         oldest = time.time() - self.seconds
         for when, size, file in sorted(files, key=lambda entry: entry[0]):
             if when >= oldest and left <= self.most_bytes:
                 break
-            file.unlink(missing_ok=True)
-            left -= size
+            with suppress(OSError):  # tried again at the next sweep
+                file.unlink(missing_ok=True)
+                left -= size
         return left
 
     @contextmanager

@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from vitfeats import plot
 from vitfeats.apps.demo.drawing import components, heat, pointed
 from vitfeats.apps.demo.intake import Picture
-from vitfeats.apps.demo.studio import Studio, View
+from vitfeats.apps.demo.studio import MOST_TOKENS, Studio, View
 from vitfeats.attention_maps import saliency
 from vitfeats.descriptor import Descriptor
+from vitfeats.errors import ConfigError
 from vitfeats.matching import Matches, match_mutual
 from vitfeats.pca import PCA
 from vitfeats.similarity import similarity_map
@@ -42,6 +46,7 @@ class Found:
 
     Attributes:
         asked: The first picture with the point.
+        at: (x, y) of the point, in pixels of the first picture as it was given.
         heat: The second, with its similarity to the point, and the most similar place.
         point: (x, y) of that place, in pixels of the second picture as it was given.
         similarity: Cosine similarity there, −1..1.
@@ -49,6 +54,7 @@ class Found:
     """
 
     asked: Image.Image
+    at: Point
     heat: Image.Image
     point: Point
     similarity: float
@@ -62,20 +68,21 @@ def explore(studio: Studio, path: str | None, view: View, point: Point | None = 
     fitted = studio.once(("pca", picture.key, view), lambda: PCA(3).fit(d))
     shares = ", ".join(f"{share:.0%}" for share in fitted.explained_variance_ratio_.tolist())
     found = similar(studio, path, view, path, point)
-    seen = None if looks is None else heat(picture, saliency(looks)[0], looks.grid)
+    # The square root, for CLS looks at few tokens hard, and at many a little.
+    seen = None if looks is None else heat(picture, saliency(looks)[0].sqrt(), looks.grid)
     return Explored(
         components(picture, d, fitted),
         seen,
         found.heat,
-        _asked(picture, point),
-        f"{_read(d)} The colours hold {shares} of the variance. {found.told}",
+        found.at,
+        f"{found.told} The colours hold {shares} of the variance.",
     )
 
 
 def similar(
     studio: Studio, path: str | None, view: View, other: str | None = None, point: Point | None = None
 ) -> Found:
-    """Return where a point of a picture looks alike in another, or in itself.
+    """Return where a point of a picture looks alike in another, or elsewhere in itself.
 
     Args:
         studio: What reads.
@@ -88,27 +95,43 @@ def similar(
     first = studio.picture(path, "a first picture")
     second = first if other is None else studio.picture(other, "a second picture")
     (a, _), (b, _) = studio.read(first, view), studio.read(second, view)
-    here = first.inside(*_asked(first, point))
+    asked = _asked(first, point)
+    here = first.inside(*asked)
     values = similarity_map(a, [here], b)[0]
-    best = values.argmax().cpu()[None]
+    alone = second.key == first.key
+    best = (_elsewhere(values, b, here) if alone else values).argmax().cpu()[None]
     x, y = b.frames[0].to_source(b.grid.centres_of(best))[0].tolist()
     found = second.outside(x, y)
-    level = float(values.max())
-    where = f"x {found[0]:.0f}, y {found[1]:.0f}"
-    ring = here if second is first else None
+    level = float(values.flatten()[best])
+    where = f"{' elsewhere' if alone else ''}: x {found[0]:.0f}, y {found[1]:.0f}"
     return Found(
         pointed(first.shown, first, ring=here),
-        heat(second, values, b.grid, ring=ring, cross=(x, y)),
+        asked,
+        heat(second, values, b.grid, ring=here if alone else None, cross=(x, y)),
         found,
         level,
-        f"Most similar: {where} (cosine {level:.2f}).",
+        f"{_read(b)} Most similar{where} (cosine {level:.2f}).",
     )
+
+
+def _elsewhere(values: Float[Tensor, "rows cols"], d: Descriptor, point: Point) -> Float[Tensor, "rows cols"]:
+    """Return similarities without those of the point's own token and of its neighbours, if there are others."""
+    own = int(d.grid.index_of(d.frames[0].to_network(torch.tensor([point], dtype=torch.float32))))
+    row, col = divmod(own, d.grid.cols)
+    left = values.clone()
+    left[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2] = -torch.inf
+    return left if bool(left.isfinite().any()) else values
 
 
 def mutual(studio: Studio, path: str | None, other: str | None, view: View, most: int = 40) -> tuple[Image.Image, str]:
     """Return a picture of tokens of two pictures that are each other's most similar one, and a sentence."""
     first, second = studio.picture(path, "a first picture"), studio.picture(other, "a second picture")
     (a, _), (b, _) = studio.read(first, view), studio.read(second, view)
+    if max(a.grid.tokens, b.grid.tokens) > MOST_TOKENS:
+        raise ConfigError(
+            f"expected at most {MOST_TOKENS} tokens a picture, got {a.grid.tokens} and {b.grid.tokens} at {a.tap}; "
+            "choose a deeper layer or a smaller size"
+        )
 
     def draw() -> tuple[Matches, Image.Image]:
         found = match_mutual(a, b)
@@ -124,7 +147,7 @@ def mutual(studio: Studio, path: str | None, other: str | None, view: View, most
 
 def _scaled(found: Matches, first: Picture, second: Picture) -> Matches:
     """Return matches in pixels of the pictures as they are shown."""
-    scale_a, scale_b = (picture.shown.width / picture.image.width for picture in (first, second))
+    scale_a, scale_b = (found.points_a.new_tensor(picture.drawn_at(1.0, 1.0)) for picture in (first, second))
     return replace(found, points_a=found.points_a * scale_a, points_b=found.points_b * scale_b)
 
 

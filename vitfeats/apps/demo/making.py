@@ -12,7 +12,7 @@ from vitfeats import plot
 from vitfeats.api import load_extractor
 from vitfeats.apps.demo.drawing import cells
 from vitfeats.apps.demo.intake import Picture, reduced
-from vitfeats.apps.demo.studio import Job, Studio
+from vitfeats.apps.demo.studio import Job, Studio, seen_at
 from vitfeats.apps.splice import splice
 from vitfeats.apps.style_transfer import stylize
 from vitfeats.configs import DiffusionConfig, Preset, SpliceConfig, StyleMethod
@@ -27,7 +27,9 @@ from vitfeats.taps import Tap
 
 SIDE = 512  # longest side of what is spliced and painted here
 HYPERFEATURES = "hyperfeatures:ddpm_mini"
-PANEL = 190  # width of a panel of hyperfeatures
+PANEL = 190  # longer side of a panel of hyperfeatures
+NETWORK = 64  # shorter side of what the bundled diffusion model sees: that of its training
+GOING = ("Waiting", "Step", "Reading")  # how sentences about a run that goes on begin
 UP = tuple(f"up{block}.res{number}" for block in range(4) for number in range(3))
 CHAINS = {10: 6, 20: 5, 50: 6}  # steps of a chain, and how many of them are shown
 LEAST_TELLING = 1.0  # seconds between two pictures of a run
@@ -171,11 +173,13 @@ def hyperfeatures(
 
         def on_map(tap: Tap, seen: Tensor) -> None:
             drawn[taps[tap]] = _components(seen, tap, picture)
-            words = f"{len(drawn)} of {len(taps)} maps, {time.monotonic() - began:.0f} s."
+            words = f"Reading: {len(drawn)} of {len(taps)} maps, {time.monotonic() - began:.0f} s."
             if len(drawn) % len(rows) == 0:  # a step is whole
                 tell(Progress(_sheet(drawn, rows, chain.kept_steps, picture), None, words))
 
-        extractor.run(picture.image, lambda batch: extractor.stream(batch, list(taps), on_map))
+        sized = extractor.resized(size=seen_at(picture, NETWORK, extractor))
+        assert isinstance(sized, DiffusionExtractor)
+        sized.run(picture.image, lambda batch: sized.stream(batch, list(taps), on_map))
         sheet = _sheet(drawn, rows, chain.kept_steps, picture)
         words = (
             f"Done: {len(rows)} layers at {len(chain.kept_steps)} of {steps} steps, {time.monotonic() - began:.0f} s."
@@ -204,28 +208,35 @@ def _components(seen: Tensor, tap: Tap, picture: Picture) -> Image.Image:
     grid = PatchGrid(rows, cols, 1, 1)
     frame = Frame(grid.network_size, grid.network_size)
     d = Descriptor(seen.detach().float().flatten(2).transpose(1, 2), grid, (frame,), tap, "ddpm_mini")
-    width = PANEL
-    height = max(1, round(PANEL * picture.image.height / picture.image.width))
-    return cells(PCA(3).fit(d).to_rgb(d)[0], grid, (width, height))
+    return cells(PCA(3).fit(d).to_rgb(d)[0], grid, _panel(picture))
+
+
+def _panel(picture: Picture) -> tuple[int, int]:
+    """Return (width, height) of a picture's panel on a sheet."""
+    width, height = picture.image.size
+    longer = max(width, height)
+    return max(1, round(PANEL * width / longer)), max(1, round(PANEL * height / longer))
 
 
 def _sheet(
     drawn: Mapping[tuple[str, int], Image.Image], rows: Sequence[str], steps: Sequence[int], picture: Picture
 ) -> Image.Image:
     """Put panels on a sheet: a row a layer, a column a step; grey where there is none yet."""
-    height = max(1, round(PANEL * picture.image.height / picture.image.width))
+    width, height = _panel(picture)
     left, top, gap = 90, 26, 6
-    sheet = Image.new("RGB", (left + len(steps) * (PANEL + gap), top + len(rows) * (height + gap)), "white")
+    across_one, down_one = max(width, 70) + gap, max(height, 24) + gap  # labels fit
+    sheet = Image.new("RGB", (left + len(steps) * across_one, top + len(rows) * down_one), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for column, step in enumerate(steps):
-        across = left + column * (PANEL + gap)
-        pen.text((across, 3), f"step {step}", fill="black", font=font)
+        across = left + column * across_one
+        end = {0: ", clean", len(steps) - 1: ", noise"}.get(column, "")
+        pen.text((across, 3), f"step {step}{end}", fill="black", font=font)
         for row, name in enumerate(rows):
-            down = top + row * (height + gap)
+            down = top + row * down_one
             pen.text((4, down + height / 2 - 10), name, fill="black", font=font)
             panel = drawn.get((name, step))
             if panel is None:
-                pen.rectangle((across, down, across + PANEL - 1, down + height - 1), fill=(225, 225, 225))
+                pen.rectangle((across, down, across + width - 1, down + height - 1), fill=(225, 225, 225))
             else:
                 sheet.paste(panel, (across, down))
     return sheet

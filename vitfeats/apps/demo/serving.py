@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,9 +71,11 @@ def serve(config: DemoConfig | None = None) -> None:
         config: As for :func:`serving`; so are the errors.
     """
     ended = threading.Event()
+    print("vitfeats demo: starting …", file=sys.stderr, flush=True)
     with serving(config) as served, _asked_to_end(ended):
         print(f"vitfeats demo: {served.url} (Ctrl-C ends it)", flush=True)
         ended.wait()
+        print("vitfeats demo: ending …", file=sys.stderr, flush=True)
     print("vitfeats demo: ended")
 
 

@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +21,7 @@ from vitfeats.configs import DemoConfig
 from vitfeats.descriptor import Descriptor, Descriptors
 from vitfeats.errors import ConfigError, UnknownModelError, VitFeatsError
 from vitfeats.extractors.base import Extractor
-from vitfeats.grid import PatchGrid, fit_size
+from vitfeats.grid import PatchGrid, Size, fit_size
 from vitfeats.runs import encoded
 from vitfeats.taps import Tap
 
@@ -129,17 +128,34 @@ class Stopped(Exception):  # noqa: N818 - not an error: nobody listens any more
     """Raised in a job that nobody waits for."""
 
 
+class Pool(ThreadPoolExecutor):
+    """One thread for work that queues, which knows that it was shut down.
+
+    Attributes:
+        ended: Set once it was.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1, f"vitfeats-demo-{name}")
+        self.ended = threading.Event()
+
+    def end(self) -> None:
+        """Take no more work, drop what waits, and tell what runs."""
+        self.ended.set()
+        self.shutdown(wait=False, cancel_futures=True)
+
+
 class Job(Generic[T]):
     """A long piece of work in another thread, whose news are iterated over; it ends where nobody listens any more.
 
     Args:
         work: Called with ``tell``, which hands over news; only the newest are kept. It raises :class:`Stopped` once the
-            iteration has ended, or has not asked for news for ``patience`` seconds.
+            iteration has ended, or has not asked for news for ``patience`` seconds, or the pool has.
         pool: Where it runs.
-        patience: Seconds.
+        patience: Seconds, 5 at least: they are counted about once a second.
     """
 
-    def __init__(self, work: Callable[[Callable[[T], None]], None], pool: ThreadPoolExecutor, patience: float = 60):
+    def __init__(self, work: Callable[[Callable[[T], None]], None], pool: Pool, patience: float = 60) -> None:
         self._work, self._pool, self._patience = work, pool, patience
         self._news: list[T] = []
         self._changed = threading.Condition()
@@ -169,7 +185,8 @@ class Job(Generic[T]):
         Raises:
             Stopped: If nobody waits for them.
         """
-        if self._left.is_set() or time.monotonic() - self._asked > self._patience:
+        nobody = self._left.is_set() or self._pool.ended.is_set()
+        if nobody or time.monotonic() - self._asked > self._patience:
             raise Stopped
         with self._changed:
             self._news = [news]
@@ -209,18 +226,16 @@ class Studio:
         self.models = offered(config.models)
         self._shelf = folder.path / "made"
         self._shelf.mkdir(exist_ok=True)
-        self.long = ThreadPoolExecutor(1, "vitfeats-demo-long")
-        self.painting = ThreadPoolExecutor(1, "vitfeats-demo-painting")
-        self._short = ThreadPoolExecutor(1, "vitfeats-demo-short")
+        self.long, self.painting, self._short = Pool("long"), Pool("painting"), Pool("short")
         self._pictures = Kept[Picture](64e6, lambda picture: 3 * picture.image.width * picture.image.height)
         self._networks = Kept[Extractor](LOADED, lambda _: 1)
         self._read = Kept[Descriptors](400e6, _bytes)
         self._made = Kept[Any](256, lambda _: 1)
 
     def close(self) -> None:
-        """End the threads once their work is done."""
+        """End the threads: long work at its next news, other work once it is done."""
         for pool in (self.long, self.painting, self._short):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.end()
 
     def forget(self) -> None:
         """Keep nothing of what was read and made so far; networks stay."""
@@ -238,9 +253,7 @@ class Studio:
             raise ConfigError(f"expected {what}, got none; upload one, or click a sample")
         file = str(path)  # uploads lie in folders that are named after what they hold
         kept = self._pictures.get(file)
-        if kept is not None:
-            with suppress(OSError):
-                os.utime(file)  # what is in use is not old
+        if kept is not None and _touched(file):
             return kept
         return self._pictures.put(file, take_in(file, self.folder.path, pixels=self.config.megapixels * 1e6))
 
@@ -251,8 +264,7 @@ class Studio:
         """
         data = encoded(image, f"made{suffix}")
         path = self._shelf / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
-        if path.exists():
-            os.utime(path)
+        if _touched(path):
             return str(path)
         begun = path.with_name(f"{uuid4().hex}.tmp")
         begun.write_bytes(data)
@@ -310,8 +322,13 @@ class Studio:
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what was made under a key before, or make it in the thread of short work; the last ones are kept."""
+
+        def task() -> T:
+            kept = self._made.get(key)  # may have been made while this waited
+            return kept if kept is not None else self._made.put(key, make())
+
         kept = self._made.get(key)
-        return kept if kept is not None else self._made.put(key, self.work(make))
+        return kept if kept is not None else self.work(task)
 
     def _sized(self, view: View, picture: Picture) -> Extractor:
         """Return the extractor of a view, for a picture that may be long and narrow."""
@@ -321,9 +338,7 @@ class Studio:
         if stride not in _strides(extractor):
             known = ", ".join(map(str, _strides(extractor)))
             raise ConfigError(f"expected a stride of {view.model} ({known}), got {stride}")
-        short, long = sorted(picture.image.size)
-        size = max(patch, min(view.size, round(view.size * LONGEST * short / long)))
-        given = size if isinstance(usual, int) else usual  # some models take one size only
+        given = seen_at(picture, view.size, extractor) if isinstance(usual, int) else usual  # some take one size only
         height, width = fit_size((picture.image.height, picture.image.width), given, patch)
         tokens = PatchGrid.covering((height, width), patch, stride).tokens
         if tokens > MOST_TOKENS:
@@ -332,6 +347,20 @@ class Studio:
                 "a smaller size or a larger stride"
             )
         return extractor.resized(size=given, stride=stride)
+
+
+def seen_at(picture: Picture, size: int, extractor: Extractor) -> int | Size:
+    """Return the shorter side at which a picture is seen, or (height, width) where it is long and narrow.
+
+    Then its longer side is :data:`LONGEST` times ``size`` at most, and the shorter one as many patches as the model
+    needs, even where that gives up the aspect.
+    """
+    width, height = picture.image.size
+    if max(width, height) <= LONGEST * min(width, height):
+        return size
+    least = extractor.card.patch * (1 if extractor.overlaps else 2)  # what pads by reflection needs more than one cell
+    scale = LONGEST * size / max(width, height)
+    return max(least, round(scale * height)), max(least, round(scale * width))
 
 
 def offered(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -384,6 +413,15 @@ def _sizes(extractor: Extractor) -> tuple[int, ...]:
 def _strides(extractor: Extractor) -> tuple[int, ...]:
     patch = extractor.card.patch
     return tuple(patch // part for part in (1, 2, 4) if patch % part == 0 and (part == 1 or extractor.overlaps))
+
+
+def _touched(file: str | Path) -> bool:
+    """Tell that a file is in use, and so not old; return whether it is there."""
+    try:
+        os.utime(file)
+    except OSError:
+        return False
+    return True
 
 
 def _bytes(found: Descriptors) -> float:

@@ -38,6 +38,13 @@ class SpliceResult:
     seed: int
     stopped: str = "done"
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        size = f"{self.tensor.shape[2]}×{self.tensor.shape[1]}"
+        loss = f", loss {self.history[-1]['loss']:.4g}" if self.history else ""
+        steps = "1 step" if len(self.history) == 1 else f"{len(self.history)} steps"
+        return f"SpliceResult({size}, {steps}{loss}, {self.stopped})"
+
     @property
     def image(self) -> Image.Image:
         """The picture."""
@@ -107,7 +114,8 @@ def splice(
 
     Raises:
         ImageError, ShapeError: If an image cannot be read or is too small.
-        ConfigError: If settings are out of range, do not fit the model, or differ from those of the checkpoint.
+        ConfigError: If settings are out of range, do not fit the model, or differ from those of the checkpoint; or
+            a term's loss is no number, or gives no gradient to the picture.
         StoreError: If ``out`` cannot be made or its checkpoint cannot be read.
         SpliceInterrupted: At Ctrl-C, after the step has ended and a checkpoint is written; has ``.result``.
 

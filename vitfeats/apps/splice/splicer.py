@@ -98,6 +98,9 @@ class Splicer:
         """Return the terms of a step before their weights, and ``loss``, their weighted sum, with a graph.
 
         Depends on the weights of the generator, the seed and the step; changes nothing.
+
+        Raises:
+            ConfigError: If a term's loss is not one number.
         """
         active = self._active(step)
         numbers: dict[Which, int] = {"structure": self._number("structure", step)}
@@ -109,12 +112,18 @@ class Splicer:
         wanted = self._read_wanted(set(keys.values()))
         values: dict[str, Tensor] = {}
         for term in active:
-            values[term.name] = term.loss(made[term.made, term.whole][term.tap], wanted[keys[term.name]][term.tap])
-            if values[term.name].ndim:
-                shape = tuple(values[term.name].shape)
+            value: Any = term.loss(made[term.made, term.whole][term.tap], wanted[keys[term.name]][term.tap])
+            if not isinstance(value, Tensor):
+                raise ConfigError(
+                    f"expected a loss that returns a tensor of one number for the term '{term.name}', got {value!r}; "
+                    "compute it by torch from the first descriptor it is given, and return it"
+                )
+            if value.ndim:
+                shape = tuple(value.shape)
                 raise ConfigError(
                     f"expected a loss of one number for the term '{term.name}', got shape {shape}; average it"
                 )
+            values[term.name] = value
         values["loss"] = torch.stack([self._weight(term) * values[term.name] for term in active]).sum()
         return values
 
@@ -122,12 +131,14 @@ class Splicer:
         """Take one optimiser step; return the terms before their weights, and ``loss``.
 
         Raises:
+            ConfigError: If a term's loss is not one number, or gives no gradient to the picture.
             FloatingPointError: If the picture, a loss or a gradient is not finite. The generator then has the weights
                 of the last step whose losses were finite.
         """
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 values = self.objective(self.done)
+                _check_gradients(values)
                 self._optimiser.zero_grad(set_to_none=True)
                 values["loss"].backward(inputs=self._trained)  # never into the weights of a judge that is not frozen
             losses = {name: float(value.detach()) for name, value in values.items()}
@@ -366,6 +377,16 @@ def _network_size(source: Size, size: int, most: int) -> Size:
     if new_long > most:
         new_short, new_long = int(most * new_short / new_long), most
     return (new_short, new_long) if source[0] <= source[1] else (new_long, new_short)
+
+
+def _check_gradients(values: Mapping[str, Tensor]) -> None:
+    """Refuse a loss without a graph: it would be reported to the end and change nothing."""
+    for name, value in values.items():
+        if name != "loss" and not value.requires_grad:
+            raise ConfigError(
+                f"expected a loss with a gradient, but the term '{name}' gives no gradient to the picture; compute it "
+                "by torch from the first descriptor it is given"
+            )
 
 
 def _checked_seed(seed: int) -> int:

@@ -41,6 +41,10 @@ class Stylized:
 
     tensor: Float[Tensor, "3 height width"]
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"Stylized({self.tensor.shape[2]}×{self.tensor.shape[1]})"
+
     @property
     def image(self) -> Image.Image:
         """The picture as a PIL image."""
@@ -227,7 +231,8 @@ class _Painter:
     ) -> list[Stylized]:
         """Return each of the images in the styles."""
         source = torch.Generator().manual_seed(self.seed)
-        told = f"{len(images)} image(s) of {images.shape[2]}×{images.shape[3]} pixels"
+        many = "1 image" if len(images) == 1 else f"{len(images)} images"
+        told = f"{many} of {images.shape[2]}×{images.shape[3]} pixels"
         with torch.no_grad(), _in_memory(told):
             made = self.stylizer(
                 images, self.styles, strength=strength, regions=regions, most=self.most, generator=source
