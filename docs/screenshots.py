@@ -38,20 +38,10 @@ def explore(page: Page) -> Image.Image:
 
 def match(page: Page) -> Image.Image:
     """Show a point of one stereo picture found in the other, and mutual matches."""
-    with renewed(page, "match-heat"):
+    with renewed(page, "match-heat", "match-matches"):
         opened(page, "Match")
     with renewed(page, "match-heat", "match-asked"):
-        sample(page, "match-first", 1)
-    with renewed(page, "match-heat"):
-        page.locator("#match-facet").get_by_text("token").click()
-    with renewed(page, "match-heat"):
-        layer = page.locator("#match-layer input[type=number]")
-        layer.fill("2")  # where things are, more than what they are
-        layer.blur()
-    with renewed(page, "match-heat", "match-asked"):
         click_at(page, "match-first", *SEAT)
-    with renewed(page, "match-matches"):
-        page.locator("#match-go").click()
     return taken(page)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitfeats.descriptor import Descriptor, Descriptors, Points
+from vitfeats.descriptor import Descriptor, Descriptors, Points, as_points
 from vitfeats.errors import ShapeError
 
 CHUNK_BYTES = 16 * 2**20
@@ -58,6 +58,25 @@ def similarity_map(d1: Descriptor, points: Points, d2: Descriptor) -> Float[Tens
     check_comparable(d1, d2)
     asked = unit(d1.at(points)[0])
     return (asked @ unit(d2.features[0]).T).unflatten(1, (d2.grid.rows, d2.grid.cols))
+
+
+def away_from(
+    point: tuple[float, float], similar: Float[Tensor, "rows cols"], d: Descriptor
+) -> Float[Tensor, "rows cols"]:
+    """Return similarities of one image to a point of its own, −∞ at the point's token and at those that touch it.
+
+    A point is most alike to itself; this leaves what is alike elsewhere. On a small grid nothing may be left.
+
+    Args:
+        point: (x, y) in source pixels.
+        similar: One map of :func:`similarity_map`.
+        d: The image's descriptor, on whose grid they lie.
+    """
+    own = int(d.grid.index_of(d.frames[0].to_network(as_points([point], similar))))
+    row, col = divmod(own, d.grid.cols)
+    left = similar.clone()
+    left[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2] = -torch.inf
+    return left
 
 
 def similarity_blocks(

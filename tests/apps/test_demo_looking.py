@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from studios import noise, studio_in, upload
 
 import vitfeats as vf
 from vitfeats.apps.demo import drawing, looking
-from vitfeats.apps.demo.intake import SHOWN, WORKING, Folder, Picture, reduced
+from vitfeats.apps.demo.intake import SHOWN, WORKING, Picture, reduced
 from vitfeats.apps.demo.looking import explore, mutual, similar
 from vitfeats.apps.demo.studio import MOST_TOKENS, Studio, View
-from vitfeats.configs import DemoConfig
 from vitfeats.errors import ConfigError, ShapeError
 from vitfeats.grid import PatchGrid
 from vitfeats.matching import Matches
@@ -26,23 +26,8 @@ EYE = (180.0, 110.0)  # (x, y) in pixels of the cat
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory) -> Iterator[Studio]:
-    folder = Folder(tmp_path_factory.mktemp("demo"), most_bytes=1e9, seconds=3600)
-    found = Studio(folder, DemoConfig(models=("mini",), device="cpu"))
-    yield found
-    found.close()
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return a picture of coarse noise, of cells that are about square."""
-    cols, rows = (max(3, round(24 * side / max(width, height))) for side in (width, height))
-    coarse = np.random.default_rng(seed).integers(0, 256, (rows, cols, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def upload(studio: Studio, picture: Image.Image, name: str, **settings) -> str:
-    path = studio.folder.path / name
-    picture.save(path, **settings)
-    return str(path)
+    with studio_in(tmp_path_factory.mktemp("demo")) as studio:
+        yield studio
 
 
 @pytest.fixture(scope="module")

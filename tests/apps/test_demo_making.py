@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from studios import noise, studio_in, upload
 
 import vitfeats as vf
 from vitfeats.apps.demo import making
-from vitfeats.apps.demo.intake import Folder, reduced
+from vitfeats.apps.demo.intake import reduced
 from vitfeats.apps.demo.making import SIDE, UP, Progress, hyperfeatures, mixing, spliced, styled
 from vitfeats.apps.demo.studio import LONGEST, Stopped, Studio
 from vitfeats.apps.splice import Splicer
-from vitfeats.configs import DemoConfig, DiffusionConfig, SpliceConfig
+from vitfeats.configs import DiffusionConfig, SpliceConfig
 from vitfeats.errors import ConfigError, ImageError, ShapeError
 from vitfeats.extractors.diffusion import DiffusionExtractor
 
@@ -25,21 +26,8 @@ pytestmark = pytest.mark.usefixtures("as_a_user")
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory) -> Iterator[Studio]:
-    folder = Folder(tmp_path_factory.mktemp("demo"), most_bytes=1e9, seconds=3600)
-    found = Studio(folder, DemoConfig(models=("mini",), device="cpu"))
-    yield found
-    found.close()
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def upload(studio: Studio, picture: Image.Image, name: str) -> str:
-    path = studio.folder.path / name
-    picture.save(path)
-    return str(path)
+    with studio_in(tmp_path_factory.mktemp("demo")) as studio:
+        yield studio
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from studios import noise, studio_in, upload
 
 import vitfeats as vf
 from vitfeats.apps.demo import studio as module
@@ -24,36 +25,18 @@ from vitfeats.extractors.base import Extractor
 KEYS = View("mini", "key", 11, 224)
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return a picture of coarse noise."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def made(tmp_path: Path) -> Studio:
-    return Studio(Folder(tmp_path, most_bytes=1e9, seconds=3600), DemoConfig(models=("mini",), device="cpu"))
-
-
 @pytest.fixture
 def studio(tmp_path) -> Iterator[Studio]:
     """A studio that has read nothing."""
-    found = made(tmp_path)
-    yield found
-    found.close()
+    with studio_in(tmp_path) as studio:
+        yield studio
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Iterator[Studio]:
     """A studio for tests that change nothing."""
-    found = made(tmp_path_factory.mktemp("demo"))
-    yield found
-    found.close()
-
-
-def upload(studio: Studio, picture: Image.Image, name: str = "x.png") -> str:
-    path = studio.folder.path / name
-    picture.save(path)
-    return str(path)
+    with studio_in(tmp_path_factory.mktemp("demo")) as studio:
+        yield studio
 
 
 @pytest.fixture
@@ -521,9 +504,8 @@ def test_many_who_ask_for_different_things_get_what_one_alone_gets(studio, tmp_p
     def read(who: Studio, number: int) -> torch.Tensor:
         return who.read(who.picture(paths[number % 3]), views[number // 3])[0].features
 
-    alone = made(studio.folder.path)
-    wanted = [read(alone, number) for number in range(9)]
-    alone.close()
+    with studio_in(studio.folder.path) as alone:
+        wanted = [read(alone, number) for number in range(9)]
     for found, one in zip(at_once(9, lambda number: read(studio, number)), wanted, strict=True):
         assert torch.equal(found, one)
 

@@ -169,7 +169,7 @@ def similarity(command: Similarity) -> int:
     points = [command.point or (width / 2, height / 2)]
     maps = similarity_map(a, points, b)
     save_picture(plot.similarity(first, points, second, maps, grid=b.grid), command.out)
-    searched = maps[0] if len(images) == 2 else _away(a, points, maps[0])
+    searched = maps[0] if len(images) == 2 else _away(a, points[0], maps[0])
     best = b.grid.centres_of(searched.argmax().cpu()[None])
     x, y = b.frames[0].to_source(best)[0].tolist()
     alike = float(searched.max())
@@ -189,14 +189,11 @@ def similarity(command: Similarity) -> int:
     return 0
 
 
-def _away(d: "Descriptor", points: list[tuple[float, float]], values: "Tensor") -> "Tensor":
-    """Return the similarities to a point of the same image, −∞ at its own token and those that touch it."""
-    from vitfeats.descriptor import as_points
+def _away(d: "Descriptor", point: tuple[float, float], values: "Tensor") -> "Tensor":
+    """Return the similarities to a point of the same image but for its own token and those that touch it."""
+    from vitfeats.similarity import away_from
 
-    own = int(d.grid.index_of(d.frames[0].to_network(as_points(points, values))))
-    row, col = divmod(own, d.grid.cols)
-    away = values.clone()
-    away[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2] = -float("inf")
+    away = away_from(point, values, d)
     if not bool(away.isfinite().any()):
         raise ConfigError(
             f"expected tokens away from the point, got a grid of {d.grid.rows}×{d.grid.cols}; raise --size, lower "

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -16,7 +15,7 @@ from vitfeats.descriptor import Descriptor
 from vitfeats.errors import ConfigError
 from vitfeats.matching import Matches, match_mutual
 from vitfeats.pca import PCA
-from vitfeats.similarity import similarity_map
+from vitfeats.similarity import away_from, similarity_map
 
 Point = tuple[float, float]
 
@@ -116,10 +115,7 @@ def similar(
 
 def _elsewhere(values: Float[Tensor, "rows cols"], d: Descriptor, point: Point) -> Float[Tensor, "rows cols"]:
     """Return similarities without those of the point's own token and of its neighbours, if there are others."""
-    own = int(d.grid.index_of(d.frames[0].to_network(torch.tensor([point], dtype=torch.float32))))
-    row, col = divmod(own, d.grid.cols)
-    left = values.clone()
-    left[max(0, row - 1) : row + 2, max(0, col - 1) : col + 2] = -torch.inf
+    left = away_from(point, values, d)
     return left if bool(left.isfinite().any()) else values
 
 

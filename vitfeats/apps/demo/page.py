@@ -84,13 +84,12 @@ def _explore(page: gr.Blocks, studio: Studio, shelf: Shelf) -> None:
         y = gr.Number(label="y, pixels", precision=1, min_width=80, elem_id="explore-y")
     everything = [components, saliency, similarity, x, y, told]
     answer = [similarity, x, y, told]
+    nothing = [*[None] * 5, "Upload a picture, or click a sample."]
 
     @in_words
     def opened(picture: str | None, model: str, facet: str, layer: float, size: float, stride: float) -> list[Any]:
         """All that is shown of a picture, for the point in its middle."""
-        if picture is None:
-            return [None, None, None, None, None, "Upload a picture, or click a sample."]
-        return explored(picture, None, View.of(model, facet, layer, size, stride))
+        return nothing if picture is None else explored(picture, None, View.of(model, facet, layer, size, stride))
 
     @in_words
     def again(picture: str | None, x: float | None, y: float | None, *look: Any) -> list[Any]:
@@ -125,8 +124,9 @@ def _explore(page: gr.Blocks, studio: Studio, shelf: Shelf) -> None:
     def clicked_below(event: gr.SelectData, picture: str | None, *look: Any) -> list[Any]:
         return alike(picture, *rounded(through(studio.picture(picture), event)), *look)
 
-    image.input(opened, [image, *look.inputs], everything, api_name="explore", trigger_mode="always_last")
+    image.upload(opened, [image, *look.inputs], everything, api_name="explore", trigger_mode="always_last")
     samples_of.then(opened, [image, *look.inputs], everything, api_visibility="private")
+    image.clear(lambda: nothing, None, everything, api_visibility="private")  # gradio gives it what was there before
     look.changed(again, [image, x, y, *look.inputs], everything)
     x.submit(alike, [image, x, y, *look.inputs], answer, api_name="similarity", **AT_ONCE)
     y.submit(alike, [image, x, y, *look.inputs], answer, api_visibility="private", **AT_ONCE)
@@ -152,6 +152,8 @@ def _match(studio: Studio, shelf: Shelf, tab: gr.Tab) -> None:
         go = gr.Button("Mutual matches", variant="primary", scale=1, elem_id="match-go")
     matches = shown("Tokens that are each other's most similar one", "match-matches", height=360)
     said = sentence_of("match-said")
+
+    nothing = [None, None, "Upload two pictures, or click a pair of samples."]
 
     @in_words
     def found_in_second(event: gr.SelectData, first: str | None, second: str | None, *look: Any) -> list[Any]:
@@ -192,7 +194,7 @@ def _match(studio: Studio, shelf: Shelf, tab: gr.Tab) -> None:
     @in_words
     def middle(first: str | None, second: str | None, *look: Any) -> list[Any]:
         if first is None or second is None:
-            return [None, None, "Upload two pictures, or click a pair of samples."]
+            return nothing
         result = similar(studio, first, View.of(*look), second)
         return [*drawn(result), f"The middle of the first picture. {result.told} Click another point."]
 
@@ -223,9 +225,11 @@ def _match(studio: Studio, shelf: Shelf, tab: gr.Tab) -> None:
     matching = [first, second, most, *look.inputs]
     tab.select(begin, [told, *both], answer, api_visibility="private", show_progress="hidden")
     tab.select(begin_matching, [said, *matching], [matches, said], api_visibility="private", show_progress="hidden")
-    for event in (first.input, second.input, samples_of.then):
+    for event in (first.upload, second.upload, samples_of.then):
         event(middle, both, answer, api_visibility="private", show_progress="hidden")
         event(matched_if_both, matching, [matches, said], api_visibility="private", show_progress="hidden")
+    for event in (first.clear, second.clear):  # gradio gives these what was there before
+        event(lambda: [*nothing, None, ""], None, [*answer, matches, said], api_visibility="private")
     look.changed(middle, both, answer)
     go.click(matched, matching, [matches, said], api_name="mutual")
     with gr.Accordion("A point by its numbers, in the first picture", open=False), gr.Row():
