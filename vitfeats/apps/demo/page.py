@@ -284,7 +284,7 @@ def _style(studio: Studio, shelf: Shelf) -> None:
             with gr.Row():
                 content = upload("Content", "style-content", value=shelf["china"], height=200)
                 style = upload("Style", "style-style", value=shelf[STYLES[0]], height=200)
-            offer(shelf, [(name,) for name in PHOTOGRAPHS], [content], "Contents")
+            offer(shelf, [(name,) for name in PHOTOGRAPHS[:5]], [content], "Contents")
             offer(shelf, [(name,) for name in (*STYLES, *PHOTOGRAPHS[:2])], [style], "Styles")
             method = gr.Radio(
                 [("AdaAttN", "adaattn"), ("SANet", "sanet"), ("AdaIN", "adain")],

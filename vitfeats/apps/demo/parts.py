@@ -71,12 +71,14 @@ class Look:
         choices = studio.choices(first)
         facet, layer = usual or choices.usual
         with gr.Row():
-            self.model = gr.Dropdown(list(studio.models), value=first, label="Model", elem_id=f"{name}-model")
-            self.facet = gr.Radio(list(choices.taps), value=facet, label="Facet", elem_id=f"{name}-facet")
-            self.layer = gr.Slider(
-                0, len(choices.taps[facet]) - 1, layer, step=1, label="Layer", elem_id=f"{name}-layer"
+            self.model = gr.Dropdown(
+                list(studio.models), value=first, label="Model", scale=2, min_width=160, elem_id=f"{name}-model"
             )
-            with gr.Row():
+            self.facet = gr.Radio(list(choices.taps), value=facet, label="Facet", scale=4, elem_id=f"{name}-facet")
+            self.layer = gr.Slider(
+                0, len(choices.taps[facet]) - 1, layer, step=1, label="Layer", scale=3, elem_id=f"{name}-layer"
+            )
+            with gr.Row(scale=2):
                 self.size = gr.Dropdown(
                     list(choices.sizes), value=choices.sizes[0], label="Size", min_width=80, elem_id=f"{name}-size"
                 )
