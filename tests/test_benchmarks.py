@@ -1,6 +1,7 @@
 """The benchmarks run, and the pages they write are of this catalogue."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_bulk_is_compared_with_the_model_alone():
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("images/s") >= 2
     assert "memory: at the end / after two tenths" in ran.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_is_clicked_and_visited_without_an_error():
+    pytest.importorskip("gradio", reason='no gradio found: pip install "vitfeats[demo]"')
+    command = [sys.executable, str(BENCHMARKS / "demo.py"), "--fast"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"2 users for 6 s, \d+ answers: errors +0 +0\n", ran.stdout), ran.stderr
+    assert "click → heat map, the function: ours / reading anew" in ran.stdout
 
 
 @pytest.mark.slow
