@@ -15,6 +15,7 @@ import yaml
 
 import vitfeats as vf
 from vitfeats import api, cli, testing
+from vitfeats.cli import entry
 from vitfeats.models import libraries
 
 ROOT = Path(__file__).parent.parent
@@ -243,6 +244,21 @@ def test_performance_quotes_the_benchmarks_as_they_stand(measured: str, quoted: 
     assert found is not None
     assert float(quoted) == pytest.approx(float(found[1]), rel=0.005)
     assert re.search(rf"\b{re.escape(quoted)}\b", page_text("performance"))
+
+
+def test_every_command_line_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(entry, "RUN", dict.fromkeys(entry.RUN, lambda command: asked.append(command) or 0))
+    code = "".join(
+        code for page in (*PAGES, *GALLERY) for kind in ("bash", "text", "console") for _, code in blocks(page, kind)
+    )
+    # Also what a prompt or another command stands before, and what goes on in the next line.
+    lines = re.findall(r"(?:^|^\$ |&& )(vitfeats .*)$", code.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) > 50
+    for line in lines:
+        _, *arguments = shlex.split(line, comments=True)
+        assert cli.main(arguments) == 0, line
+    assert len(asked) == len(lines)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -92,6 +93,22 @@ def test_a_program_can_explore_an_uploaded_picture(demo: Served) -> None:
             assert picture.size == (640, round(640 * cat.height / cat.width))
     assert (x, y) == (cat.width / 2, cat.height / 2)
     assert told.startswith("key@11 of mini, 14×21 tokens of 192. Most similar elsewhere: x ")
+
+
+def test_the_program_of_the_page_on_the_demo_runs(
+    demo: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples.cat().save("cat.jpg")
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert code.count("http://127.0.0.1:7860") == 1
+    found: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:7860", demo.url), found)
+    assert found["told"].startswith("key@11 of mini")
+    for name in ("components", "saliency", "similarity"):
+        with Image.open(found[name]) as picture:
+            assert picture.width == 640
 
 
 def test_a_program_can_ask_where_a_point_looks_alike(demo: Served) -> None:
