@@ -15,6 +15,7 @@ import yaml
 
 import vitfeats as vf
 from vitfeats import api, cli, testing
+from vitfeats.apps.demo.page import PAIRS, PHOTOGRAPHS
 from vitfeats.cli import entry
 from vitfeats.models import libraries
 
@@ -198,6 +199,15 @@ def test_every_sample_in_a_picture_is_credited() -> None:
         name = licence.credit.partition(" (")[0]
         assert name in pages
         assert licence.licence in pages
+
+
+def test_every_sample_in_a_picture_of_the_demo_is_credited() -> None:
+    demo = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    for shown in (*PHOTOGRAPHS, *(name for pair in PAIRS[1:] for name in pair), "stereo"):
+        licence = vf.samples.LICENCES[shown]
+        author = re.split(r"[,(]", licence.credit)[0].strip()
+        assert author in demo, shown
+        assert licence.licence in demo, shown
 
 
 def test_every_page_is_in_the_navigation() -> None:
