@@ -16,7 +16,7 @@ import vitfeats as vf
 from vitfeats import cli
 from vitfeats.apps import style_transfer
 from vitfeats.apps.style_transfer import stylize, stylizer
-from vitfeats.cli import entry, styling
+from vitfeats.cli import entry, reading, styling
 from vitfeats.cli.reading import Extract, Models
 from vitfeats.descriptor import Descriptor
 from vitfeats.models.stylizers import pack
@@ -183,6 +183,56 @@ def test_a_folder_in_place_of_a_file_is_refused_in_words_of_the_command_line(
     assert (code, said) == (1, "")
     told = "ImageError: expected an image file, got the folder 'folder'; give the files in it: folder/*.jpg"
     assert err == f"vitfeats: {told}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pca", "cat.jpg"),
+        ("similarity", "cat.jpg"),
+        ("match", "cat.jpg", "coffee.png"),
+        ("stylize", "cat.jpg", "--style", "coffee.png"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, images, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "picture_extractor", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(style_transfer, "stylize", lambda *_, **__: pytest.fail("the work has begun"))
+    before = Path(images[0]).read_bytes()
+    for out, why in (
+        (arguments[-1], "it is one of the inputs, and would be lost"),
+        (f"./none/../{arguments[1]}", "there is no folder"),
+        ("none/a.png", "there is no folder 'none'; make it first"),
+        ("a.tiffx", "unknown file extension: '.tiffx'"),
+        ("a", "unknown file extension: ''"),
+    ):
+        code, said, err = run(capsys, *arguments, "--out", out, "--device", "cpu")
+        assert (code, said) == (1, "")
+        assert err.startswith(
+            "vitfeats: ConfigError: expected a picture file that can be written, such as out.png, got"
+        )
+        assert why in err
+    assert Path(images[0]).read_bytes() == before
+
+
+def test_an_image_that_was_taken_for_a_tap_is_named(capsys, images):
+    code, _, err = run(capsys, "extract", "--tap", "key@3", images[0])
+    assert (code, err) == (
+        1,
+        f"vitfeats: ConfigError: expected image files, got none; --tap took '{images[0]}' as a tap: put the images "
+        "before it\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["pca", "extract", "similarity"])
+def test_an_address_is_no_file(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, command, "https://example.org/a.jpg", "--device", "cpu")
+    assert (code, err) == (
+        1,
+        "vitfeats: ImageError: expected an image file, got the address 'https://example.org/a.jpg'; "
+        "download it first\n",
+    )
 
 
 # pictures -------------------------------------------------------------------------------------------------------------

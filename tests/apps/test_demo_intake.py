@@ -345,6 +345,12 @@ def test_a_limit_above_pillows_is_refused_before_it_is_served():
         DemoConfig(megapixels=400)
 
 
+@pytest.mark.parametrize("port", [0, 99999])
+def test_a_port_that_no_machine_has_is_refused(port):
+    with pytest.raises(ConfigError, match=f"expected port of at least 1 and at most 65535, got {port}"):
+        DemoConfig(port=port)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_picture_that_breaks_off_is_refused(tmp_path, kind, share):

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,6 +322,20 @@ def test_the_command_serves_until_it_is_asked_to_end(asks: signal.Signals, tmp_p
         assert list(tmp_path.glob("vitfeats-demo-*"))
         process.send_signal(asks)
         assert process.wait(60) == 0
+    assert not list(tmp_path.glob("vitfeats-demo-*"))
+
+
+@pytest.mark.parametrize("asks", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_ended_while_it_starts_leaves_nothing(asks: signal.Signals, tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vitfeats.cli", "demo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        for _ in range(1200):
+            if list(tmp_path.glob("vitfeats-demo-*")):
+                break
+            time.sleep(0.05)
+        process.send_signal(asks)
+        assert process.wait(60) == 130
     assert not list(tmp_path.glob("vitfeats-demo-*"))
 
 

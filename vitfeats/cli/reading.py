@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from vitfeats.cli.shared import (
     aligned,
+    check_picture,
     counted,
     extractor_of,
     files_of,
@@ -58,7 +59,9 @@ def extract(command: Extract) -> int:
     files = files_of(command.images)
     names = [path.name for path in files]
     if not names:
-        raise ConfigError("expected image files, got none; for example: vitfeats extract a.jpg b.jpg")
+        taken = next((tap for tap in command.tap if Path(tap).is_file()), None)
+        hint = f"--tap took '{taken}' as a tap: put the images before it" if taken else "vitfeats extract a.jpg b.jpg"
+        raise ConfigError(f"expected image files, got none; {'' if taken else 'for example: '}{hint}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"expected image files of different names, got '{twice}' twice; extract one folder at a time")
@@ -112,8 +115,10 @@ def pca(command: Pca) -> int:
     from vitfeats import plot
     from vitfeats.pca import PCA
 
+    files = files_of(command.images)
+    check_picture(command.out, files)
     extractor = picture_extractor(command.options)
-    images = images_of(files_of(command.images), command.sample)
+    images = images_of(files, command.sample)
     descriptors = list(extractor.each(images, command.tap))
     fitted = PCA(3).fit(descriptors, foreground=None if command.foreground == "none" else "border")
     save_picture(plot.pca(images, descriptors, fitted=fitted), command.out)
@@ -159,6 +164,7 @@ def similarity(command: Similarity) -> int:
     from vitfeats import plot
     from vitfeats.similarity import similarity_map
 
+    check_picture(command.out, command.images)
     extractor = picture_extractor(command.options)
     images = images_of(command.images, command.sample)
     if len(images) > 2:
@@ -230,6 +236,7 @@ def match(command: Match) -> int:
     from vitfeats import plot
     from vitfeats.matching import match_mutual
 
+    check_picture(command.out, command.images)
     extractor = picture_extractor(command.options)
     images = images_of(command.images, command.sample)
     if len(images) != 2:

@@ -54,7 +54,9 @@ def images_of(paths: Sequence[Path], sample: str | None) -> "list[Image.Image]":
 
 
 def file_at(path: Path) -> Path:
-    """Return the path of an image file; refuse a folder."""
+    """Return the path of an image file; refuse a folder or an address."""
+    if (text := path.as_posix()).startswith(("http:/", "https:/")):  # a path has lost one of the slashes
+        raise ImageError(f"expected an image file, got the address '{text.replace(':/', '://', 1)}'; download it first")
     if path.is_dir():
         raise ImageError(f"expected an image file, got the folder '{path}'; give the files in it: {path}/*.jpg")
     return path
@@ -64,7 +66,7 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
     """Return image files, and those in folders in the order of their names."""
     from vitfeats.pictures import picture_files
 
-    return [file for path in paths for file in (picture_files(path, deep=False) if path.is_dir() else [path])]
+    return [file for path in paths for file in (picture_files(path, deep=False) if path.is_dir() else [file_at(path)])]
 
 
 def make_folder(folder: Path) -> None:
@@ -73,6 +75,21 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"expected a folder to write to at '{folder}', but: {error}") from error
+
+
+def check_picture(path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuse, before the work begins, a picture that cannot be written, or that would be written over an input."""
+    from PIL import Image
+
+    why = ""
+    if path.exists() and any(given.exists() and path.samefile(given) for given in inputs):
+        why = "it is one of the inputs, and would be lost"
+    elif not path.parent.is_dir():
+        why = f"there is no folder '{path.parent}'; make it first"
+    elif Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        why = f"unknown file extension: '{path.suffix}'"
+    if why:
+        raise ConfigError(f"expected a picture file that can be written, such as out.png, got '{path}': {why}")
 
 
 def save_picture(picture: "Image.Image", path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from vitfeats.cli.shared import counted, extractor_of, file_at, save_picture, say
+from vitfeats.cli.shared import check_picture, counted, extractor_of, file_at, save_picture, say
 from vitfeats.configs import ExtractorConfig
 from vitfeats.errors import ConfigError
 
@@ -247,6 +247,8 @@ def _search(command: StoreSearch) -> int:
 
     if (command.source is None) != (command.out is None):
         raise ConfigError("expected --source and --out together: the images to show, and the picture to write")
+    if command.out is not None:
+        check_picture(command.out, [command.image])
     store = Store(command.store)
     tap = store.taps[0] if command.tap is None else command.tap
     d = store_extractor(store, model=command.model, device=command.device)(file_at(command.image), tap)

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from vitfeats.cli.shared import counted, file_at, files_of, images_of, make_folder, readable, save_picture, say
+from vitfeats.cli.shared import (
+    check_picture,
+    counted,
+    file_at,
+    files_of,
+    images_of,
+    make_folder,
+    readable,
+    save_picture,
+    say,
+)
 from vitfeats.configs import STYLE_METHODS, StyleMethod, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
 
@@ -86,6 +96,8 @@ def _one(command: Stylize) -> int:
     from vitfeats import plot
     from vitfeats.apps.style_transfer import stylize
 
+    given = [*command.images, *map(Path, command.style), *command.style_masks, *filter(None, [command.mask])]
+    check_picture(command.out, given)
     image = images_of(command.images, command.sample)[0]
     styles = _styles(command)
     methods: Sequence[Any] = command.method or (STYLE_METHODS[:1] if command.sample is None else STYLE_METHODS)

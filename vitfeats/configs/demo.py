@@ -43,7 +43,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no page could use."""
-        require(self, 1, "folder_mb", *(name for name in ("port", "threads") if getattr(self, name) is not None))
+        require(self, 1, "folder_mb", *(["threads"] if self.threads is not None else []))
+        require(self, 1, *(["port"] if self.port is not None else []), most=65535)
         require(self, 0, "upload_mb", "hours")
         require(self, 0, "megapixels", most=178)  # above it Pillow refuses a picture
         if not (self.upload_mb and self.megapixels and self.hours):

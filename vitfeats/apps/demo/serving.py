@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,12 @@ def serving(config: DemoConfig | None = None) -> Iterator[Served]:
     ):
         from vitfeats.apps.demo.page import CSS, build
 
-        studio = Studio(folder, config)
-        page = build(studio)
-        try:
-            yield Served(_launched(page, config, CSS), folder.path, studio)
-        finally:
-            page.close(verbose=False)
-            studio.close()
+        with closing(Studio(folder, config)) as studio:
+            page = build(studio)
+            try:
+                yield Served(_launched(page, config, CSS), folder.path, studio)
+            finally:
+                page.close(verbose=False)
 
 
 def serve(config: DemoConfig | None = None) -> None:
@@ -70,9 +69,10 @@ def serve(config: DemoConfig | None = None) -> None:
     Args:
         config: As for :func:`serving`; so are the errors.
     """
-    ended = threading.Event()
+    started, ended = threading.Event(), threading.Event()
     print("vitfeats demo: starting …", file=sys.stderr, flush=True)
-    with serving(config) as served, _asked_to_end(ended):
+    with _asked_to_end(started, ended), serving(config) as served:
+        started.set()
         print(f"vitfeats demo: {served.url} (Ctrl-C ends it)", flush=True)
         ended.wait()
         print("vitfeats demo: ending …", file=sys.stderr, flush=True)
@@ -80,10 +80,19 @@ def serve(config: DemoConfig | None = None) -> None:
 
 
 @contextmanager
-def _asked_to_end(ended: threading.Event) -> Iterator[None]:
-    """Set an event at Ctrl-C, or where the process is asked to end: the folder is deleted then, too."""
+def _asked_to_end(started: threading.Event, ended: threading.Event) -> Iterator[None]:
+    """Set an event at Ctrl-C, or where the process is asked to end: the folder is deleted then, too.
+
+    What is still starting is interrupted.
+    """
+
+    def end(*_: object) -> None:
+        ended.set()
+        if not started.is_set():
+            raise KeyboardInterrupt
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: ended.set()) for number in signals]
+    before = [signal.signal(number, end) for number in signals]
     try:
         yield
     finally:
