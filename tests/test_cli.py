@@ -112,7 +112,7 @@ def test_images_of_one_name_are_refused_before_anything_is_written(capsys, tmp_p
     vf.samples.cat().save(twin)
     code, said, err = run(capsys, "extract", *images, twin, "--out", tmp_path / "out", *SMALL)
     assert (code, said) == (1, "")
-    assert "ConfigError: expected image files of different names, got 'cat.jpg' twice; extract one folder at a" in err
+    assert "ConfigError: expected image files of different names, got 'cat.jpg' twice; take one folder at a time" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -156,7 +156,16 @@ def test_a_folder_stands_for_the_pictures_in_it(capsys, tmp_path, images):
     assert json.loads(said)["written"] == [str(out / name) for name in written]
     code, said, _ = run(capsys, "pca", folder, "--out", tmp_path / "p.png", "--tap", "key@3", *SMALL)
     assert (code, said) == (0, f"{tmp_path / 'p.png'}: key@3 of mini, 2 images\n")
+    (folder / "ab.png").write_bytes((folder / "b.png").read_bytes()[:90])
+    code, said, err = run(capsys, "pca", folder, "--out", tmp_path / "q.png", "--tap", "key@3", *SMALL)
+    assert (code, said) == (1, f"{tmp_path / 'q.png'}: key@3 of mini, 2 images\n")
+    assert "ab.png' breaks off or is damaged" in err
     for name in ("a.JPG", "b.png"):
+        (folder / name).write_bytes(b"none")
+    code, said, err = run(capsys, "pca", folder, "--out", tmp_path / "r.png", "--tap", "key@3", *SMALL)
+    assert (code, said) == (1, "")
+    assert [name for name in ("a.JPG", "ab.png", "b.png") if err.count(f"/{name}'") == 1] == ["a.JPG", "ab.png", "b.png"]
+    for name in ("a.JPG", "ab.png", "b.png"):
         (folder / name).unlink()
     for command in ("extract", "pca"):
         code, _, err = run(capsys, command, folder, "--out", tmp_path / "none", *SMALL)
@@ -352,7 +361,8 @@ def test_files_and_a_sample_are_one_too_many_and_neither_one_too_few(capsys, tmp
 @pytest.mark.parametrize("command", ["pca", "similarity", "match"])
 def test_what_pictures_cannot_be_made_of(capsys, tmp_path, images, command):
     (tmp_path / "broken.jpg").write_text("not an image")
-    code, _, err = run(capsys, command, images[0], tmp_path / "broken.jpg", "--out", tmp_path / "p.png", *SMALL)
+    given = [tmp_path / "broken.jpg"] if command == "pca" else [images[0], tmp_path / "broken.jpg"]
+    code, _, err = run(capsys, command, *given, "--out", tmp_path / "p.png", *SMALL)
     assert code == 1
     assert "vitfeats: ImageError: expected an image, but" in err
     code, _, err = run(capsys, command, "--sample", "portrait", "--out", tmp_path / "p.png", *SMALL)
@@ -532,8 +542,21 @@ def test_hyperfeatures_are_trained_resumed_and_written(capsys, tmp_path, picture
         is_picture(tmp_path / "maps" / name)
     code, said, _ = run(capsys, "hyperfeatures", both[0], "--out", tmp_path / "one", "--seed", 1, "--json", *reads)
     assert code == 0
-    assert set(json.loads(said)) == {"model", "written", "pca"}
+    facts = json.loads(said)
+    assert set(facts) == {"model", "written", "pca", "failed"}
+    assert facts["failed"] == {}
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.png.safetensors", "pca.png"}
+
+    more = pictures / "more"
+    code, _, err = run(capsys, "hyperfeatures", pictures, more, more, "--out", tmp_path / "folder", *reads)
+    assert (code, "expected image files of different names, got 'c.png' twice" in err) == (1, True)
+    assert not (tmp_path / "folder").exists()
+    (pictures / "aa.png").write_bytes((pictures / "a.png").read_bytes()[:60])
+    code, said, err = run(capsys, "hyperfeatures", pictures, "--out", tmp_path / "folder", *reads)
+    assert (code, said.splitlines()[0]) == (1, f"2 files and pca.png in {tmp_path / 'folder'}")
+    assert "aa.png' breaks off or is damaged" in err
+    written = {path.name for path in (tmp_path / "folder").glob("*.safetensors")}
+    assert written == {"a.png.safetensors", "b.png.safetensors"}
 
 
 def test_hyperfeatures_are_trained_on_annotated_pairs(capsys, tmp_path, pictures, network):
@@ -664,6 +687,15 @@ def test_stylize_leaves_out_frames_that_are_too_small_and_paints_over_none(capsy
     code, _, err = run(capsys, *given, tmp_path / "painted", "--sample", "cat")
     assert code == 1
     assert "expected image files or --sample NAME, one of the two" in err
+
+
+def test_stylize_names_a_frame_that_is_too_small_also_at_its_own_size(capsys, tmp_path, frames):
+    (frames / "bb.png").unlink()
+    Image.new("RGB", (12, 40)).save(frames / "bb.png")
+    given = ("stylize", frames, "--style", "pattern:dots", "--style-size", 32, "--device", "cpu", "--size", 0)
+    code, said, err = run(capsys, *given, "--out", tmp_path / "painted")
+    assert (code, said) == (1, f"3 pictures in {tmp_path / 'painted'}\n")
+    assert f"expected at least 16×16 pixels, got '{frames / 'bb.png'}'; pass --size" in err
 
 
 def test_stylize_reduces_a_large_content_unless_it_is_told_a_size(capsys, tmp_path, images, stylizers, monkeypatch):
@@ -1027,6 +1059,8 @@ def test_missing_weights_are_told_in_words_of_the_command_line(capsys, tmp_path,
         ("pass checkpoint=", "pass --checkpoint"),
         ("lower size=, batch_size= or tap=", "lower --size, --batch-size or --tap"),
         ("try size=224", "try --size 224"),
+        ("got size=-1; give more", "got --size -1; give more"),
+        ("pass norm=True; or norm_qk=False", "pass --norm; or --no-norm-qk"),
         # Calls, values that no option has, and settings that the command lacks, stay as they are.
         ("pass size=(h, w) to load", "pass size=(h, w) to load"),
         ("load_extractor('a', checkpoint=FILE)", "load_extractor('a', checkpoint=FILE)"),

@@ -328,6 +328,13 @@ def test_the_sheet_of_a_tall_picture_is_in_bounds(studio):
     assert sheet.width * sheet.height < 20e6
 
 
+def test_the_sheet_of_a_flat_picture_has_room_for_its_labels(studio):
+    picture = studio.picture(upload(studio, noise(1020, 17), "flat.png"))
+    sheet = np.asarray(making._sheet({}, UP, range(6), picture).convert("L"))
+    inked = (sheet[26:, :90] < 255).any(axis=1)  # the lines of the layers' names
+    assert np.count_nonzero(np.diff(inked.astype(int)) == 1) + inked[0] == len(UP)
+
+
 def test_mixing_weights_are_drawn_once(studio):
     assert mixing(studio) is mixing(studio)
     assert min(mixing(studio).size) > 100

@@ -746,8 +746,10 @@ def test_a_users_loss_that_returns_no_tensor_is_refused_by_the_name_of_its_term(
         lambda made, wanted: torch.tensor(1.0),
         lambda made, wanted: made.features.detach().mean(),
         lambda made, wanted: wanted.features.square().mean(),
+        lambda made, wanted: torch.tensor(1.0, requires_grad=True),
+        lambda made, wanted: torch.ones((), requires_grad=True) * made.features.detach().mean(),
     ],
-    ids=["a constant", "detached", "of the wanted alone"],
+    ids=["a constant", "detached", "of the wanted alone", "a leaf", "of a parameter of its own"],
 )
 def test_a_users_loss_without_a_gradient_is_refused_by_the_name_of_its_term(tiny, loss):
     own = Term("own", 1.0, loss, "token@1", "structure", "appearance", start=2)
@@ -758,6 +760,21 @@ def test_a_users_loss_without_a_gradient_is_refused_by_the_name_of_its_term(tiny
     assert len(run(tiny, terms=[*terms[:-1], replace(own, weight=0.0)]).history) == QUICK.steps
     with torch.no_grad():  # the objective may be looked at without a gradient
         assert "own" in Splicer(STRUCTURE, APPEARANCE, extractor=tiny, config=QUICK, terms=terms).objective(2)
+
+
+def test_a_loss_that_is_satisfied_may_turn_constant(tiny):
+    count = []
+
+    def satisfied(made, wanted):
+        count.append(1)
+        return made.features.square().mean() if len(count) < 3 else torch.tensor(0.0)
+
+    own = Term("own", 1.0, satisfied, "token@1", "structure", "appearance")
+    assert len(run(tiny, terms=[*default_terms(QUICK), own]).history) == QUICK.steps
+    assert len(count) == QUICK.steps
+    count.clear()
+    with pytest.raises(ConfigError, match="a gradient at step 2, but every term has turned constant"):
+        run(tiny, terms=[own])
 
 
 def test_a_result_is_one_line_in_words(tiny):

@@ -5,6 +5,7 @@ No page may log an error, or ask another host for anything: the fixture ``visit`
 
 import re
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -178,6 +179,48 @@ def test_an_own_file_is_explored_in_its_own_pixels(driving, page, tmp_path):
         with driving.renewed(page, "explore-similarity"):
             driving.click_at(page, f"explore-{name}", x * wide / 1500, y * wide / 1500)
         waits_for(page, x, y, within=6)  # a pixel of the screen is three or more of the file
+
+
+@pytest.fixture
+def reading_slowly(monkeypatch):
+    """Let whatever is explored or matched take a second, as a large model does."""
+    from vitfeats.apps.demo import page as module
+
+    for name in ("explore", "mutual"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, real=real: time.sleep(1) or real(*given))
+
+
+@pytest.mark.usefixtures("reading_slowly")
+def test_of_what_is_asked_for_meanwhile_the_last_is_answered(driving, page):
+    driving.sample(page, "explore-image", 1)
+    page.wait_for_timeout(300)
+    driving.sample(page, "explore-image", 3)
+    grace = samples.grace_hopper()
+    waits_for(page, grace.width / 2, grace.height / 2, within=0.1)
+    for facet in ("query", "value"):
+        page.locator("#explore-facet").get_by_text(facet).click()
+        page.wait_for_timeout(300)
+    told(page, "explore", "^value@11")
+    with driving.renewed(page, "match-matches"):
+        driving.opened(page, "Match")
+    for number in (1, 2):
+        driving.sample(page, "match-first", number)
+        page.wait_for_timeout(300)
+    page.wait_for_timeout(4000)
+    width, height = fetched(driving, page, "match-matches").size
+    assert width > 2.5 * height  # cat and coffee lie; the portraits, asked for before, are upright
+
+
+@pytest.mark.usefixtures("reading_slowly")
+def test_what_is_on_its_way_does_not_come_back_with_a_picture_that_was_removed(driving, page):
+    driving.sample(page, "explore-image", 1)
+    page.wait_for_timeout(400)
+    page.locator("#explore-image [aria-label='Remove Image']").click()
+    told(page, "explore", "^Upload a picture, or click a sample")
+    page.wait_for_timeout(3000)
+    told(page, "explore", "^Upload a picture, or click a sample")
+    assert page.locator("#explore-components img").count() == 0
 
 
 PAINTED = """async () => {

@@ -105,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RUN[type(command)](command)
     except VitFeatsError as error:
         print(f"vitfeats: {type(error).__name__}: {_in_options(str(error), command)}", file=sys.stderr)
-        if isinstance(error, WeightsUnavailableError):
+        options = getattr(command, "options", None)
+        if isinstance(error, WeightsUnavailableError) and getattr(options, "checkpoint", None) is None:
             print("vitfeats: see Install, 'Without a network connection', in the documentation", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:  # a long run says how to go on
@@ -118,11 +119,14 @@ def _in_options(message: str, command: Any) -> str:
     """Return a message of the library in words of the command line: "checkpoint='FILE'" is "--checkpoint FILE"."""
     names = "|".join(_settings_of(command))
     # Only whole settings in a sentence: what stands inside of a call stays Python.
-    return re.sub(
-        rf"(?<![\w(.])({names})=(?:'([^']*)'|([\w.]*))(?=[\s,;]|$)",
-        lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3] or ''}".rstrip(),
-        message,
-    )
+    return re.sub(rf"(?<![\w(.])({names})=(?:'([^']*)'|([-\w.]*))(?=[\s,;]|$)", _option, message)
+
+
+def _option(found: re.Match[str]) -> str:
+    name, value = found[1].replace("_", "-"), found[2] or found[3] or ""
+    if value in ("True", "False"):
+        return f"--{name}" if value == "True" else f"--no-{name}"
+    return f"--{name} {value}".rstrip()
 
 
 def _settings_of(command: Any) -> list[str]:

@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from vitfeats.cli.shared import (
     aligned,
+    check_names,
     check_picture,
     counted,
     extractor_of,
@@ -21,6 +22,7 @@ from vitfeats.cli.shared import (
     readable,
     save_picture,
     say,
+    tell_broken,
 )
 from vitfeats.configs import ExtractorConfig
 from vitfeats.errors import ConfigError
@@ -62,9 +64,7 @@ def extract(command: Extract) -> int:
         taken = next((tap for tap in command.tap if Path(tap).is_file()), None)
         hint = f"--tap took '{taken}' as a tap: put the images before it" if taken else "vitfeats extract a.jpg b.jpg"
         raise ConfigError(f"expected image files, got none; {'' if taken else 'for example: '}{hint}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"expected image files of different names, got '{twice}' twice; extract one folder at a time")
+    check_names(files)
     extractor = extractor_of(command.options)
     taps = command.tap or (extractor.card.default_tap,)
     broken: dict[str, str] = {}
@@ -81,9 +81,7 @@ def extract(command: Extract) -> int:
     progress.close()
     facts = {"model": extractor.card.name, "taps": list(map(str, taps)), "written": written, "failed": broken}
     say(command.json, facts, f"{counted(len(written), 'file')} in {command.out}")
-    for reason in broken.values():
-        print(f"vitfeats: {reason}", file=sys.stderr)
-    return 1 if broken else 0
+    return tell_broken(broken)
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,8 @@ def pca(command: Pca) -> int:
     files = files_of(command.images)
     check_picture(command.out, files)
     extractor = picture_extractor(command.options)
-    images = images_of(files, command.sample)
+    broken: dict[str, str] = {}
+    images = images_of(files, command.sample, broken)
     descriptors = list(extractor.each(images, command.tap))
     fitted = PCA(3).fit(descriptors, foreground=None if command.foreground == "none" else "border")
     save_picture(plot.pca(images, descriptors, fitted=fitted), command.out)
@@ -129,10 +128,11 @@ def pca(command: Pca) -> int:
         "grids": [[d.grid.rows, d.grid.cols] for d in descriptors],
         "explained_variance_ratio": shares,
         "out": str(command.out),
+        "failed": broken,
     }
     told = f"{command.out}: {descriptors[0].tap} of {extractor.card.name}, {counted(len(images), 'image')}"
     say(command.json, facts, told)
-    return 0
+    return tell_broken(broken)
 
 
 @dataclass(frozen=True)
@@ -290,20 +290,24 @@ def hyperfeatures(command: Hyperfeatures) -> int:
     from vitfeats.extractors.hyperfeatures import HyperfeatureExtractor
     from vitfeats.matching import match_mutual
 
+    files = files_of(command.images)
+    check_names(files)
     options = dataclasses.replace(command.options, model=command.options.model or "hyperfeatures:ddpm_mini")
     extractor = extractor_of(options)
     if not isinstance(extractor, HyperfeatureExtractor):
         raise ConfigError(f"expected a model of hyperfeatures, got '{options.model}'; for example hyperfeatures:sd15")
     if command.seed:
         extractor = extractor.reading(dataclasses.replace(extractor.diffusion, seed=command.seed))
-    files = files_of(command.images)
-    images = images_of(files, command.sample)
-    names = [path.name for path in files] or [f"{command.sample}_{number}" for number in range(len(images))]
+    broken: dict[str, str] = {}
+    images = images_of(files, command.sample, broken)
+    names = [path.name for path in files if str(path) not in broken]
+    names = names or [f"{command.sample}_{number}" for number in range(len(images))]
     descriptors = list(extractor.each(images))
     make_folder(command.out)
     written = [str(d.save(command.out / f"{n}.safetensors")) for n, d in zip(names, descriptors, strict=True)]
     save_picture(plot.pca(images, descriptors), command.out / "pca.png")
     facts: dict[str, Any] = {"model": extractor.card.name, "written": written, "pca": str(command.out / "pca.png")}
+    facts["failed"] = broken
     told = [f"{counted(len(written), 'file')} and pca.png in {command.out}"]
     if len(images) == 2:
         found = match_mutual(*descriptors)
@@ -311,7 +315,7 @@ def hyperfeatures(command: Hyperfeatures) -> int:
         facts |= {"matches": str(command.out / "matches.png"), "mutual": len(found)}
         told.append(f"matches.png: {_matches(len(found))}")
     say(command.json, facts, "\n".join(told))
-    return 0
+    return tell_broken(broken)
 
 
 @dataclass(frozen=True)

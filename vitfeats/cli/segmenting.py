@@ -1,14 +1,13 @@
 """The command of co-segmentation."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from vitfeats.cli.shared import counted, extractor_of, images_of, say, settings_of
+from vitfeats.cli.shared import counted, extractor_of, images_of, say, settings_of, tell_broken
 from vitfeats.configs import CosegmentConfig, CosegmentPreset, ExtractorConfig
 from vitfeats.errors import ConfigError
 
@@ -90,9 +89,7 @@ def run_cosegment(command: Cosegment) -> int:
     what = f", {counted(found.num_parts, 'part')}" if found.num_parts else ""
     nothing = f"; nothing found in {len(empty)} of them" if empty else ""
     say(command.json, facts, f"{command.out}: masks of {counted(len(found), 'image')}{what}, {found.refined}{nothing}")
-    for reason in failed.values():
-        print(f"vitfeats: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return tell_broken(failed)
 
 
 def _files(command: Cosegment) -> list[Any]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,14 +44,27 @@ def picture_extractor(options: ExtractorConfig) -> "Extractor":
     return extractor.resized(size=options.size or size, stride=options.stride or finer)
 
 
-def images_of(paths: Sequence[Path], sample: str | None) -> "list[Image.Image]":
-    """Open image files, or a sample."""
+def images_of(paths: Sequence[Path], sample: str | None, broken: dict[str, str] | None = None) -> "list[Image.Image]":
+    """Open image files, or a sample; with ``broken``, note of several files why some cannot be read."""
     from vitfeats import samples
     from vitfeats.preprocess import load_image, to_pil
 
     if bool(paths) == (sample is not None):
         raise ConfigError("expected image files or --sample NAME, one of the two; for example --sample portraits")
-    return samples.load(sample) if sample is not None else [to_pil(load_image(file_at(path))) for path in paths]
+    if sample is not None:
+        return samples.load(sample)
+    found = []
+    for path in paths:
+        try:
+            found.append(to_pil(load_image(file_at(path))))
+        except ImageError as error:
+            if broken is None:
+                raise
+            if len(broken) == len(paths) - 1:  # none is left
+                tell_broken(broken)
+                raise
+            broken[str(path)] = str(error)
+    return found
 
 
 def file_at(path: Path) -> Path:
@@ -75,6 +89,21 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"expected a folder to write to at '{folder}', but: {error}") from error
+
+
+def check_names(files: Sequence[Path]) -> None:
+    """Refuse files of one name where each is written to a file of its name."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"expected image files of different names, got '{twice}' twice; take one folder at a time")
+
+
+def tell_broken(broken: Mapping[Any, str]) -> int:
+    """Name on standard error what could not be read; return the exit code."""
+    for reason in broken.values():
+        print(f"vitfeats: {reason}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def check_picture(path: Path, inputs: Sequence[Path] = ()) -> None:

@@ -18,6 +18,7 @@ from vitfeats.cli.shared import (
     readable,
     save_picture,
     say,
+    tell_broken,
 )
 from vitfeats.configs import STYLE_METHODS, StyleMethod, TrainStylizerConfig, read_config
 from vitfeats.errors import ConfigError, ImageError
@@ -169,9 +170,7 @@ def _each(command: Stylize) -> int:
             bar.update(len(broken) + number + 1 - bar.n)
     facts = {"out": str(folder), "painted": len(whole), "skipped": len(files) - len(left), "failed": broken}
     say(command.json, facts, f"{counted(len(whole), 'picture')} in {folder}")
-    for reason in broken.values():
-        print(f"vitfeats: {reason}", file=sys.stderr)
-    return 1 if broken else 0
+    return tell_broken(broken)
 
 
 @dataclass(frozen=True)

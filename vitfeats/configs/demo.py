@@ -47,5 +47,6 @@ class DemoConfig:
         require(self, 1, *(["port"] if self.port is not None else []), most=65535)
         require(self, 0, "upload_mb", "hours")
         require(self, 0, "megapixels", most=178)  # above it Pillow refuses a picture
-        if not (self.upload_mb and self.megapixels and self.hours):
-            raise ConfigError(f"expected upload_mb, megapixels and hours above 0, got {self}")
+        for name in ("upload_mb", "megapixels", "hours"):
+            if not getattr(self, name):
+                raise ConfigError(f"expected {name} above 0, got {getattr(self, name)}")

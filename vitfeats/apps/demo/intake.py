@@ -156,8 +156,6 @@ def _opened_small(picture: Image.Image) -> Image.Image:
     small = (picture.convert("RGB") if picture.mode in ("1", "P", "PA") else picture).reduce(times)
     # What tells which way up it is, and how its ink is written; the size has changed, and nothing else.
     small.format, small.info = picture.format, dict(picture.info)
-    if picture.format == "TIFF":  # turned when it was loaded
-        small.info.pop("exif", None)
     return small
 
 

@@ -10,6 +10,7 @@ from vitfeats.apps.demo.looking import Found, Point, explore, mutual, similar
 from vitfeats.apps.demo.making import CHAINS, UP, hyperfeatures, mixing, spliced, styled
 from vitfeats.apps.demo.parts import (
     AT_ONCE,
+    LATEST,
     Look,
     Shelf,
     clicked_at,
@@ -124,10 +125,13 @@ def _explore(page: gr.Blocks, studio: Studio, shelf: Shelf) -> None:
     def clicked_below(event: gr.SelectData, picture: str | None, *look: Any) -> list[Any]:
         return alike(picture, *rounded(through(studio.picture(picture), event)), *look)
 
-    image.upload(opened, [image, *look.inputs], everything, api_name="explore", trigger_mode="always_last")
-    samples_of.then(opened, [image, *look.inputs], everything, api_visibility="private")
-    image.clear(lambda: nothing, None, everything, api_visibility="private")  # gradio gives it what was there before
-    look.changed(again, [image, x, y, *look.inputs], everything)
+    running = [
+        image.upload(opened, [image, *look.inputs], everything, api_name="explore", trigger_mode="always_last"),
+        samples_of.then(opened, [image, *look.inputs], everything, **LATEST),
+        *look.changed(again, [image, x, y, *look.inputs], everything),
+    ]
+    # It is given the picture that was there before; what is on its way would come back with it.
+    image.clear(lambda: nothing, None, everything, api_visibility="private", cancels=running)
     x.submit(alike, [image, x, y, *look.inputs], answer, api_name="similarity", **AT_ONCE)
     y.submit(alike, [image, x, y, *look.inputs], answer, api_visibility="private", **AT_ONCE)
     image.select(clicked, [image, *look.inputs], answer, api_visibility="private", **AT_ONCE)
@@ -225,13 +229,14 @@ def _match(studio: Studio, shelf: Shelf, tab: gr.Tab) -> None:
     matching = [first, second, most, *look.inputs]
     tab.select(begin, [told, *both], answer, api_visibility="private", show_progress="hidden")
     tab.select(begin_matching, [said, *matching], [matches, said], api_visibility="private", show_progress="hidden")
-    for event in (first.upload, second.upload, samples_of.then):
-        event(middle, both, answer, api_visibility="private", show_progress="hidden")
-        event(matched_if_both, matching, [matches, said], api_visibility="private", show_progress="hidden")
-    for event in (first.clear, second.clear):  # gradio gives these what was there before
-        event(lambda: [*nothing, None, ""], None, [*answer, matches, said], api_visibility="private")
-    look.changed(middle, both, answer)
-    go.click(matched, matching, [matches, said], api_name="mutual")
+    events, pairs = (first.upload, second.upload, samples_of.then), [matches, said]
+    running: list[Any] = [event(middle, both, answer, show_progress="hidden", **LATEST) for event in events]
+    running += [event(matched_if_both, matching, pairs, show_progress="hidden", **LATEST) for event in events]
+    running += look.changed(middle, both, answer)
+    running += look.changed(matched_if_both, matching, pairs, show_progress="hidden")
+    running.append(go.click(matched, matching, pairs, api_name="mutual"))
+    for event in (first.clear, second.clear):
+        event(lambda: [*nothing, None, ""], None, [*answer, *pairs], api_visibility="private", cancels=running)
     with gr.Accordion("A point by its numbers, in the first picture", open=False), gr.Row():
         x, y = (gr.Number(label=f"{name}, pixels", precision=1, min_width=80) for name in "xy")
         ask = gr.Button("Find it")

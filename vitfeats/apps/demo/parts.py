@@ -25,6 +25,10 @@ AT_ONCE: dict[str, Any] = {"concurrency_limit": 16, "show_progress": "hidden", "
 """For what is answered in a few hundredths of a second. Through the queue, for errors are not shown without it."""
 
 
+LATEST: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
+"""For what takes longer: of what a visitor asks for meanwhile, gradio would drop the last."""
+
+
 class Shelf:
     """The samples, as files that the page can show.
 
@@ -101,12 +105,10 @@ class Look:
             in_words(self._bound), [self.model, self.facet, self.layer], self.layer, api_visibility="private"
         )
 
-    def changed(self, answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-        """Answer whenever a visitor has changed one of the controls."""
-        for event in (self._chosen.success, self._faceted.success):
-            event(answer, inputs, outputs, api_visibility="private")
-        for event in (self.layer.input, self.size.select, self.stride.select):
-            event(answer, inputs, outputs, api_visibility="private", trigger_mode="always_last")
+    def changed(self, answer: Callable[..., Any], inputs: list[Any], outputs: list[Any], **others: Any) -> list[Any]:
+        """Answer whenever a visitor has changed one of the controls; return what can be cancelled."""
+        events = (self._chosen.success, self._faceted.success, self.layer.input, self.size.select, self.stride.select)
+        return [event(answer, inputs, outputs, **LATEST, **others) for event in events]
 
     def _choose(self, model: str) -> list[Any]:
         """Return what can be chosen of a model."""

@@ -164,6 +164,8 @@ class Job(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Run, and yield the newest news; raise what the work raised."""
+        if self._pool.ended.is_set():
+            return
         running: Future[None] = self._pool.submit(self._run)
         try:
             while True:
@@ -173,7 +175,8 @@ class Job(Generic[T]):
                     found, self._news = self._news, []
                 yield from found
                 if running.done() and not self._news:
-                    running.result()
+                    if not running.cancelled():  # it was, where it had not begun when the pool ended
+                        running.result()
                     return
         finally:
             self._left.set()

@@ -85,6 +85,7 @@ class Splicer:
         self._trained = [p for p in self.generator.parameters() if p.requires_grad]
         if not self._trained:
             raise ConfigError("expected a generator with weights to train, got one without; set requires_grad")
+        self._reaching: set[str] = set()  # terms that a gradient was seen of
         self._before = [p.detach().clone() for p in self._trained]  # the last step whose losses were finite
         fused = device.type in ("cpu", "cuda")
         self._optimiser = torch.optim.Adam(self._trained, lr=self.config.lr, betas=self.config.betas, fused=fused)
@@ -138,7 +139,7 @@ class Splicer:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 values = self.objective(self.done)
-                _check_gradients(values)
+                self._check_gradients(values)
                 self._optimiser.zero_grad(set_to_none=True)
                 values["loss"].backward(inputs=self._trained)  # never into the weights of a judge that is not frozen
             losses = {name: float(value.detach()) for name, value in values.items()}
@@ -159,6 +160,23 @@ class Splicer:
         self._optimiser.step()
         self.done += 1
         return losses
+
+    def _check_gradients(self, values: Mapping[str, Tensor]) -> None:
+        """Refuse, at its first step, a term that no gradient reaches the picture from: it would change nothing.
+
+        Later a loss may turn constant, such as one that is satisfied.
+        """
+        for name in [name for name in values if name != "loss" and name not in self._reaching]:
+            if not _reaches(values[name], self._trained):
+                raise ConfigError(
+                    f"expected a loss with a gradient, but the term '{name}' gives no gradient to the picture; compute "
+                    "it by torch from the first descriptor it is given"
+                )
+            self._reaching.add(name)
+        if not values["loss"].requires_grad:
+            raise ConfigError(
+                f"expected a loss with a gradient at step {self.done}, but every term has turned constant; stop before"
+            )
 
     def _active(self, step: int) -> list[Term]:
         active = [t for t in self.terms if t.start <= step and (not t.whole or step % self.config.whole_every == 0)]
@@ -379,14 +397,20 @@ def _network_size(source: Size, size: int, most: int) -> Size:
     return (new_short, new_long) if source[0] <= source[1] else (new_long, new_short)
 
 
-def _check_gradients(values: Mapping[str, Tensor]) -> None:
-    """Refuse a loss without a graph: it would be reported to the end and change nothing."""
-    for name, value in values.items():
-        if name != "loss" and not value.requires_grad:
-            raise ConfigError(
-                f"expected a loss with a gradient, but the term '{name}' gives no gradient to the picture; compute it "
-                "by torch from the first descriptor it is given"
-            )
+def _reaches(value: Tensor, trained: Sequence[Tensor]) -> bool:
+    """Tell whether a gradient of a value would reach one of these tensors, without computing it."""
+    wanted = {id(tensor) for tensor in trained}
+    left: list[Any] = [value.grad_fn]
+    seen = set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return False
 
 
 def _checked_seed(seed: int) -> int:

@@ -26,7 +26,7 @@ class Term:
         name: In the history.
         weight: Factor; 0 leaves the term out.
         loss: ``loss(made, wanted)`` of two descriptors, a scalar tensor: one of :mod:`vitfeats.losses`, or your own.
-            It is computed from ``made`` by torch, so that it has a gradient.
+            It is computed from ``made`` by torch, so that it has a gradient, at its first step at least.
         tap: What is read of both.
         made: Which image the generator is given.
         wanted: Which image the result is held against.
