@@ -624,7 +624,9 @@ def stylizers(tmp_path, monkeypatch):
             network.decoder.convs[-1].bias.fill_(0.5)
         pack(network, folder / f"{method}_vgg_mini.safetensors", encoder="vgg_mini")
     monkeypatch.setattr(stylizer, "ASSETS", folder)
-    return folder
+    stylizer._kept.cache_clear()  # other tests may have loaded those that come with the package
+    yield folder
+    stylizer._kept.cache_clear()
 
 
 @pytest.fixture

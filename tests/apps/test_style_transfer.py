@@ -1,6 +1,8 @@
 """Painting images in the style of others: sizes, blends, regions, batches, and what is refused; on random networks."""
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,12 +75,14 @@ def painter(request, painters) -> Stylizer:
 
 
 @pytest.fixture
-def assets(tmp_path, monkeypatch):
+def assets(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with a network of each method in place of those that come with the package."""
     for method in METHODS:
         pack(network_of(method), tmp_path / f"{method}_vgg_mini.safetensors", encoder="vgg_mini")
     monkeypatch.setattr(module, "ASSETS", tmp_path)
-    return tmp_path
+    module._kept.cache_clear()  # other tests may have loaded those that come with the package
+    yield tmp_path
+    module._kept.cache_clear()
 
 
 @pytest.fixture
@@ -486,7 +490,7 @@ def test_memory_that_runs_out_says_what_to_lower(painters, monkeypatch, kind):
     found = stylize_each([CONTENT, CONTENT], STYLE, batch_size=2, stylizer=painter)
     with monkeypatch.context() as patch:
         patch.setattr(painter.extractor, "read", full)
-        with pytest.raises(ShapeError, match=rf"that fit in memory, got 2 image\(s\) of 48×64 pixels; {advice}"):
+        with pytest.raises(ShapeError, match=rf"that fit in memory, got 2 images of 48×64 pixels; {advice}"):
             next(found)
 
 
