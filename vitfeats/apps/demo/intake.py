@@ -115,7 +115,7 @@ def take_in(path: Path | str, folder: Path, *, pixels: float) -> Picture:
 
 def _lies_in(file: Path, folder: Path) -> bool:
     try:
-        file.lstat() if file.exists() else None
+        file.exists()  # unlike resolve, it minds a name that is too long
         return file.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a name that no file can have, or a loop of links
         return False
